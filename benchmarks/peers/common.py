@@ -1,0 +1,179 @@
+"""What both peer benchmarks share: options, durability, measurement and the one JSON line they print.
+
+A peer script defines one function per kind of work and hands them to `main`. Everything a peer prints
+while it runs goes to stderr, so that stdout holds exactly one JSON object.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, NoReturn
+
+import sqlalchemy
+
+Result = dict[str, Any]
+Work = Callable[[argparse.Namespace, Path], Coroutine[Any, Any, Result]]
+
+
+def force_durability() -> None:
+    """Give every SQLite connection opened in this process WAL and synchronous=FULL.
+
+    Neither peer has a setting for this. A listener on the Engine class reaches the engines that the peers
+    create for themselves, synchronous and asynchronous alike.
+    """
+
+    @sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "connect")
+    def configure(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+
+def durability(journal_mode: str, synchronous: int) -> Result:
+    """Report what the peer's own connection answered; refuse to report a weaker run."""
+    if (journal_mode, synchronous) != ("wal", 2):
+        raise RuntimeError(f"not WAL with synchronous=FULL: {journal_mode}, {synchronous}")
+    return {"journal_mode": journal_mode, "synchronous": synchronous}
+
+
+async def timed_bounded(run_one: Callable[[int], Awaitable[Any]], count: int, concurrency: int) -> float:
+    """Seconds from first start to last result of `run_one(0..count-1)`, at most `concurrency` in flight."""
+    numbers = iter(range(count))
+
+    async def worker() -> None:
+        for number in numbers:
+            await run_one(number)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(min(concurrency, count))))
+    return time.perf_counter() - started
+
+
+async def timed_each(run_one: Callable[[int], Awaitable[Any]], count: int) -> Result:
+    """Run one at a time; the percentiles (nearest rank) of the single durations in milliseconds."""
+    durations = []
+    for number in range(count):
+        started = time.perf_counter()
+        await run_one(number)
+        durations.append((time.perf_counter() - started) * 1000)
+    durations.sort()
+
+    def rank(percent: int) -> float:
+        return round(durations[max(0, -(-count * percent // 100) - 1)], 3)
+
+    return {"p50_ms": rank(50), "p95_ms": rank(95), "p99_ms": rank(99)}
+
+
+def throughput_result(count: int, seconds: float) -> Result:
+    return {"count": count, "seconds": round(seconds, 4), "workflows_per_s": round(count / seconds, 2)}
+
+
+def resident_bytes() -> int:
+    """This process's resident set, after a full collection."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class ReplayClock:
+    """Times a recovery: launch -> the workflow's code is entered again -> activity N+1 runs."""
+
+    def __init__(self) -> None:
+        self.launched = self.entered = self.past = 0.0
+        self.executed = 0  # activities really run in this process
+
+    def result(self) -> Result:
+        if self.executed:
+            raise RuntimeError(f"{self.executed} recorded activities ran again")
+        return {
+            "seconds": round(self.past - self.launched, 4),
+            "entry_seconds": round(self.entered - self.launched, 4),
+            "replay_seconds": round(self.past - self.entered, 4),
+        }
+
+
+def crash_then_recover(args: argparse.Namespace, directory: Path) -> Result:
+    """Run this same script twice on one database: once until SIGKILL after activity N, once recovering."""
+    options = ["replay", "--activities", str(args.activities), "--dir", str(directory), "--phase"]
+    command = [sys.executable, sys.argv[0], *options]
+    crashed = subprocess.run([*command, "crash"], stdout=subprocess.PIPE, check=False)
+    if crashed.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the first process ended with {crashed.returncode}, not SIGKILL")
+    recovered = subprocess.run([*command, "recover"], stdout=subprocess.PIPE, check=True, timeout=600)
+    result: Result = json.loads(recovered.stdout.splitlines()[-1])
+    if "error" in result:
+        raise RuntimeError(result["error"])
+    return result
+
+
+def die() -> None:
+    """End this process as a crash would: no handlers, no flushing, no clean-up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parse_args() -> argparse.Namespace:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--dir", type=Path, help="where to put the database (default: the system's temp)")
+    parser = argparse.ArgumentParser()
+    works = parser.add_subparsers(dest="work", required=True)
+    throughput = works.add_parser("throughput", parents=[options])
+    throughput.add_argument("--concurrency", type=int, default=64)
+    throughput.add_argument("--count", type=int, default=200)
+    latency = works.add_parser("latency", parents=[options])
+    latency.add_argument("--count", type=int, default=100)
+    latency.add_argument("--activities", type=int, default=1)
+    replay = works.add_parser("replay", parents=[options])
+    replay.add_argument("--activities", type=int, default=1000)
+    replay.add_argument("--phase", choices=["crash", "recover"], help=argparse.SUPPRESS)
+    memory = works.add_parser("memory", parents=[options])
+    memory.add_argument("--count", type=int, default=1000)
+    return parser.parse_args()
+
+
+def finish(result: Result) -> NoReturn:
+    """Print the one JSON object and end at once: no still waiting workflow shall hold up the end."""
+    sys.stderr.flush()
+    print(json.dumps(result), file=sys.__stdout__, flush=True)
+    os._exit(0)
+
+
+def main(
+    system: str,
+    package: str,
+    works: dict[str, Work],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> NoReturn:
+    """Do the work that the command line names and print its JSON object; errors are reported in it."""
+    args = parse_args()
+    head = {"system": system, "version": importlib.metadata.version(package), "work": args.work}
+    head |= {key: value for key, value in vars(args).items() if key in ("concurrency", "activities", "count")}
+    if args.dir is not None:
+        args.dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if getattr(args, "phase", None):
+            directory = args.dir  # both phases share the directory that their parent made
+        else:
+            made = tempfile.TemporaryDirectory(prefix=f"{system}-", dir=args.dir, ignore_cleanup_errors=True)
+            directory = Path(stack.enter_context(made)).resolve()
+        force_durability()
+        runner = asyncio.Runner(loop_factory=loop_factory)  # never closed: `finish` ends the process
+        try:
+            result = runner.run(works[args.work](args, directory))
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"[:300]}
+    finish(head | result)

@@ -1,0 +1,671 @@
+"""The composition root: ``App`` opens the database, runs a worker, and is what users call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Iterable, Mapping
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, cast, overload
+
+from romancy.clock import Clock, SystemClock
+from romancy.context import CURRENT_ACTIVITY
+from romancy.definitions import DEFAULT_CATALOGUE, Catalogue, Workflow
+from romancy.engine.worker import Worker
+from romancy.errors import (
+    AppNotRunningError,
+    ConfigurationError,
+    DatabaseError,
+    FencedError,
+    InstanceConflictError,
+    InstanceNotFoundError,
+    InstanceStateError,
+    ResultTimeoutError,
+    SerializationError,
+    SessionError,
+    UnknownWorkflowError,
+    WorkflowCancelledError,
+    WorkflowFailedError,
+    WorkflowSuspendedError,
+)
+from romancy.failures import decode_error, decode_info
+from romancy.ids import IdSource
+from romancy.model import HistoryEvent, Instance, InstancePage, Status
+from romancy.outcomes import Outcome, Outcomes
+from romancy.retry import RetryPolicy, Seconds, as_seconds
+from romancy.serde import check_size, load_json
+from romancy.storage.address import parse_address
+from romancy.storage.filters import JsonScalar
+from romancy.storage.queries import Queries
+from romancy.storage.rows import StartRow, StateRow
+from romancy.storage.sessions import SessionEngines
+from romancy.storage.sqlite import SqliteStore
+from romancy.storage.writer import Writer
+
+logger = logging.getLogger("romancy.app")
+
+R = TypeVar("R")
+A = TypeVar("A")
+B = TypeVar("B")
+
+DEFAULT_PAYLOAD_BYTES = 2 * 1024 * 1024
+OUTCOME_POLL_S = 1.0
+
+
+class WorkflowHandle(Generic[R]):
+    """A started instance, from outside; made by :meth:`App.start_workflow` and :meth:`App.get_handle`."""
+
+    __slots__ = ("_app", "_outcome", "_workflow", "instance_id")
+
+    def __init__(self, app: App, outcome: Outcome, workflow: Workflow[..., R] | None) -> None:
+        self._app = app
+        self._outcome = outcome
+        self._workflow = workflow
+        self.instance_id = outcome.instance_id
+
+    async def result(self, timeout: Seconds | None = None) -> R:
+        """Wait until the instance has ended, on whatever worker, and return what the workflow returned.
+
+        Args:
+            timeout: how long to wait, in seconds or as a ``timedelta``; ``None``: without end.
+
+        Raises:
+            WorkflowFailedError: the workflow failed; its ``__cause__`` is what the workflow raised.
+            WorkflowCancelledError: the workflow was cancelled.
+            WorkflowSuspendedError: the instance is parked until somebody resumes it.
+            ResultTimeoutError: the time ran out; the workflow itself goes on.
+            AppNotRunningError: the app shut down meanwhile.
+        """
+        state = self._outcome.state
+        if state is None:
+            state = await self._app._wait_for(self._outcome, timeout)
+        return self._decode(state)
+
+    async def status(self) -> Status:
+        """The instance's status now, as the database holds it.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+        """
+        instance = await self._app.get_instance(self.instance_id)
+        if instance is None:
+            raise _not_found(self.instance_id)
+        return instance.status
+
+    def _decode(self, state: StateRow) -> R:
+        match Status(state.status):
+            case Status.COMPLETED:
+                text = state.result if state.result is not None else "null"
+                if self._workflow is None:
+                    return cast("R", load_json(text))
+                return cast("R", self._workflow.signature.decode_result(text))
+            case Status.FAILED:
+                assert state.error is not None
+                raise WorkflowFailedError(self.instance_id, decode_info(state.error)) from decode_error(state.error)
+            case Status.CANCELLED:
+                raise WorkflowCancelledError(f"instance {self.instance_id} was cancelled, so it has no result")
+            case _:
+                info = None if state.error is None else decode_info(state.error)
+                raise WorkflowSuspendedError(self.instance_id, info)
+
+    def __repr__(self) -> str:
+        return f"<workflow handle {self.instance_id}>"
+
+
+class App:
+    """Romancy in one process: a database, and a worker that runs workflows on the current event loop.
+
+    Args:
+        database: a path, ``":memory:"`` (gone with the app), or ``sqlite:///path``.
+        worker_id: a name for this worker in messages and tables; by default host and process id. Ownership does
+            not depend on it: each start of an app is a worker of its own.
+        workflows: what this app can run; by default all of the default catalogue.
+        default_retry: the retry policy of activities that have none of their own.
+        worker: whether to run workflows here; without, the app only starts and reads.
+        auto_migrate: whether to bring the tables up to date at start; without, an outdated database is an error.
+        max_payload_bytes: the most bytes that one stored input or result may take.
+        lease_ttl: how long other machines wait for a silent worker before they take over its instances, in
+            seconds or as a ``timedelta``. On the same host a dead process is noticed at once.
+        shutdown_grace: how long :meth:`shutdown` lets running activities go on.
+        max_instances: how many instances may run at a time; more wait in the database.
+        max_hot_instances: how many waiting instances are kept in memory; more are replayed when they wake.
+        max_activities: how many activities may run at a time.
+        activity_threads: how many plain ``def`` activities may run at a time.
+        stall_warning: after how many seconds a blocked event loop is reported.
+        clock: for tests; see ``romancy.testing``.
+
+    Raises:
+        ConfigurationError: an option can't work.
+        DatabaseURLError: the address can't be understood.
+
+    Example:
+        >>> async def main():
+        ...     async with App("orders.db") as app:
+        ...         handle = await app.start_workflow(process_order, Order("A-17"))
+        ...         print(await handle.result())
+    """
+
+    def __init__(
+        self,
+        database: str | os.PathLike[str] = "romancy.db",
+        *,
+        worker_id: str | None = None,
+        workflows: Iterable[Workflow[..., Any]] | None = None,
+        default_retry: RetryPolicy | None = None,
+        worker: bool = True,
+        auto_migrate: bool = True,
+        max_payload_bytes: int = DEFAULT_PAYLOAD_BYTES,
+        lease_ttl: Seconds = 10.0,
+        shutdown_grace: Seconds = 10.0,
+        max_instances: int = 10_000,
+        max_hot_instances: int = 10_000,
+        max_activities: int = 1_000,
+        activity_threads: int = 32,
+        stall_warning: Seconds = 1.0,
+        clock: Clock | None = None,
+    ) -> None:
+        self.address = parse_address(database)
+        self.name = worker_id or f"{socket.gethostname()}-{os.getpid()}"
+        self.default_retry = default_retry or RetryPolicy.default()
+        self.max_payload_bytes = _positive("max_payload_bytes", max_payload_bytes)
+        self.lease_ttl_s = as_seconds(lease_ttl, "lease_ttl")
+        if self.lease_ttl_s < 0.1:
+            raise ConfigurationError(f"lease_ttl={lease_ttl!r} is too short: give at least 0.1 s")
+        self.shutdown_grace_s = as_seconds(shutdown_grace, "shutdown_grace")
+        self.max_instances = _positive("max_instances", max_instances)
+        self.max_hot_instances = _positive("max_hot_instances", max_hot_instances)
+        self.max_activities = _positive("max_activities", max_activities)
+        self.activity_threads = _positive("activity_threads", activity_threads)
+        self.stall_warning_s = as_seconds(stall_warning, "stall_warning")
+        self._workflows = None if workflows is None else Catalogue.of(workflows)
+        self._has_worker = worker
+        self._auto_migrate = auto_migrate
+        self._clock: Clock = clock or SystemClock()
+        self._ids = IdSource()
+        self._outcomes = Outcomes()
+        self._process_id: int | None = None
+        self._broken: DatabaseError | None = None
+        self._known: dict[str, Workflow[..., Any]] = {}
+        self._worker: Worker | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._store: SqliteStore
+        self._engines: SessionEngines
+        self._queries: Queries
+        self._writer: Writer
+        self._catalogue: Catalogue
+        self._poll_wanted: asyncio.Event
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the database, bring its tables up to date, and begin to run workflows.
+
+        Raises:
+            DatabaseError: the database can't be opened, or is not fit for durable work.
+            InstanceStateError: the app is running already.
+        """
+        if self._process_id is not None:
+            raise InstanceStateError("this app is running already: start it once, or make another App")
+        self._catalogue = self._workflows or DEFAULT_CATALOGUE
+        self._known = self._catalogue.workflows
+        self._store = SqliteStore(self.address, list(self._known))
+        await asyncio.to_thread(self._store.open, self._auto_migrate)
+        self._process_id = os.getpid()
+        self._broken = None
+        self._poll_wanted = asyncio.Event()
+        self._engines = SessionEngines(self._store)
+        self._queries = Queries(self._store.path, str(self.address))
+        try:
+            if self._has_worker:
+                await self._begin_worker()
+            else:
+                self._writer = Writer(self._store, None, lambda: None, self._on_client_stopped)
+        except BaseException:
+            await self._close()
+            raise
+        self._spawn(self._poll_outcomes())
+
+    async def shutdown(self) -> None:
+        """Stop in good order: no new work, running activities may end, the rest goes back for others at once."""
+        if self._process_id is None:
+            return
+        try:
+            if self._worker is not None:
+                await self._worker.stop(self.shutdown_grace_s)
+            else:
+                await self._writer.drained()
+        finally:
+            await self._close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+    async def _begin_worker(self) -> None:
+        worker = Worker(self, self._store, self._engines, self._catalogue, self._clock, SystemClock(), self)
+        await worker.start()
+        self._worker, self._writer = worker, worker.writer
+
+    async def _close(self) -> None:
+        self._process_id = None
+        stopped = AppNotRunningError("the app has shut down; the instance goes on when an app starts again")
+        if self._writer_or_none() is not None:
+            self._writer.stop(DatabaseError("the app has shut down"))
+        self._worker = None
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._outcomes.fail_all(stopped)
+        await self._queries.dispose()
+        await self._engines.dispose()
+        await asyncio.to_thread(self._store.close)
+
+    def _writer_or_none(self) -> Writer | None:
+        return getattr(self, "_writer", None)
+
+    def _spawn(self, body: Any) -> None:
+        task = asyncio.get_running_loop().create_task(body)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a background task of the app failed in an unforeseen way", exc_info=task.exception())
+
+    # -- what the worker tells ---------------------------------------------------------------------
+
+    def on_ended(self, state: StateRow) -> None:
+        """See :class:`romancy.engine.worker.WorkerListener`."""
+        self._outcomes.settle(state)
+
+    def on_foreign_change(self) -> None:
+        """See :class:`romancy.engine.worker.WorkerListener`."""
+        self._poll_wanted.set()
+
+    def on_worker_lost(self, error: DatabaseError) -> None:
+        """See :class:`romancy.engine.worker.WorkerListener`."""
+        if self._process_id is None:
+            return
+        if isinstance(error, FencedError):
+            self._spawn(self._replace_worker())
+        else:
+            self._break(error)
+
+    def _on_client_stopped(self, error: DatabaseError) -> None:
+        if self._process_id is not None:
+            self._break(error)
+
+    def _break(self, error: DatabaseError) -> None:
+        self._broken = error
+        self._outcomes.fail_all(error)
+
+    async def _replace_worker(self) -> None:
+        """A lost lease ends a worker, not the app: begin another life under a fresh id."""
+        lost, self._worker = self._worker, None
+        if lost is not None:
+            await lost.abandon()
+        while self._process_id is not None:
+            try:
+                await self._begin_worker()
+            except DatabaseError as error:
+                logger.warning("no new worker can begin: %s", error)
+                await asyncio.sleep(0.5)
+            else:
+                return
+
+    # -- starting ----------------------------------------------------------------------------------
+
+    @overload
+    async def start_workflow(self, workflow: Workflow[[], R], /, *, id: str | None = None) -> WorkflowHandle[R]: ...
+    @overload
+    async def start_workflow(
+        self, workflow: Workflow[[A], R], input: A, /, *, id: str | None = None
+    ) -> WorkflowHandle[R]: ...
+    @overload
+    async def start_workflow(
+        self, workflow: Workflow[[A, B], R], first: A, second: B, /, *, id: str | None = None
+    ) -> WorkflowHandle[R]: ...
+    @overload
+    async def start_workflow(
+        self, workflow: Workflow[..., R], /, *args: Any, id: str | None = None, **kwargs: Any
+    ) -> WorkflowHandle[R]: ...
+    @overload
+    async def start_workflow(
+        self, workflow: str, /, *args: Any, id: str | None = None, **kwargs: Any
+    ) -> WorkflowHandle[Any]: ...
+    async def start_workflow(
+        self, workflow: Workflow[..., Any] | str, /, *args: Any, id: str | None = None, **kwargs: Any
+    ) -> WorkflowHandle[Any]:
+        """Start an instance. It is durable when this returns.
+
+        Args:
+            workflow: the definition, or its name.
+            args: its input.
+            id: the instance id, up to 200 characters; by default a UUID of version 7. Starting the same workflow
+                with the same input and id again returns a handle of the existing instance.
+            kwargs: its input, by parameter name.
+
+        Raises:
+            InstanceConflictError: the id belongs to another workflow, or to one with another input.
+            UnknownWorkflowError: this app does not have the workflow.
+            SerializationError: the input can't be stored, or is too large (``PayloadTooLargeError``).
+            DatabaseError: the database can't take it now; nothing was stored.
+        """
+        self._check_running()
+        definition = self._definition(workflow)
+        text = definition.signature.encode_input(args, kwargs)
+        check_size(f"the input of workflow {definition.name!r}", [text], self.max_payload_bytes)
+        _check_no_open_transaction("start a workflow")
+        instance_id = self._ids.new_id() if id is None else _checked_id(id)
+        now = self._clock.now_us()
+        worker = self._worker
+        if worker is not None and worker.has_room:
+            row = StartRow(
+                instance_id, 1, definition.name, Status.RUNNING.value, worker.worker_id, None, 0, now, now, now,
+                definition.source_hash, text,
+            )  # fmt: skip
+            runner = worker
+            is_new = await worker.writer.start(row, id is not None, lambda: runner.run_started(row))
+        else:
+            row = StartRow(
+                instance_id, 1, definition.name, Status.PENDING.value, None, 0, 0, now, None, now,
+                definition.source_hash, text,
+            )  # fmt: skip
+            is_new = await self._writer.start(row, id is not None, self._hint_worker)
+        if not is_new:
+            await self._check_same_start(instance_id, definition, text)
+        return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
+
+    def _hint_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.hint()
+
+    def _definition(self, workflow: Workflow[..., Any] | str) -> Workflow[..., Any]:
+        name = workflow if isinstance(workflow, str) else getattr(workflow, "name", None)
+        known = self._known.get(name) if isinstance(name, str) else None
+        if known is None:
+            self._known = self._catalogue.workflows
+            known = self._known.get(name) if isinstance(name, str) else None
+            if known is not None:
+                raise UnknownWorkflowError(
+                    f"workflow {name!r} was defined after the app started: define workflows (import their modules) "
+                    f"before app.start()"
+                )
+            names = ", ".join(sorted(self._known)) or "none"
+            raise UnknownWorkflowError(
+                f"this app has no workflow {name if name is not None else workflow!r}; it has: {names}. Import its "
+                f"module before the app starts, or name it in App(workflows=[…])"
+            )
+        if not isinstance(workflow, str) and known is not workflow:
+            raise UnknownWorkflowError(
+                f"this app has another workflow named {name!r}, defined at {known.place}, not the one of {workflow.place}"
+            )
+        return known
+
+    async def _check_same_start(self, instance_id: str, definition: Workflow[..., Any], text: str) -> None:
+        found = await asyncio.wrap_future(self._store.read_start(instance_id))
+        if found is None:
+            raise InstanceConflictError(f"instance {instance_id!r} was there a moment ago and is gone; start it again")
+        name, stored = found
+        if name != definition.name:
+            raise InstanceConflictError(
+                f"instance {instance_id!r} is of workflow {name!r}, not {definition.name!r}: choose another id"
+            )
+        if not _same_input(definition, stored, text):
+            raise InstanceConflictError(
+                f"instance {instance_id!r} was started with another input: choose another id, or take "
+                f"app.get_handle({instance_id!r}) for the one that runs"
+            )
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @overload
+    async def get_handle(self, instance_id: str, workflow: Workflow[..., R]) -> WorkflowHandle[R]: ...
+    @overload
+    async def get_handle(self, instance_id: str) -> WorkflowHandle[Any]: ...
+    async def get_handle(
+        self, instance_id: str, workflow: Workflow[..., Any] | None = None
+    ) -> WorkflowHandle[Any]:
+        """A handle of an instance that was started before, here or elsewhere.
+
+        Args:
+            instance_id: which one.
+            workflow: its definition, so that ``result()`` is typed; by default the one of its name in this app.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+        """
+        instance = await self.get_instance(instance_id)
+        if instance is None:
+            raise _not_found(instance_id)
+        definition = workflow or self._known.get(instance.workflow_name)
+        return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
+
+    async def get_instance(self, instance_id: str) -> Instance | None:
+        """One instance as the database holds it now, or ``None``."""
+        self._check_running()
+        return await self._queries.get_instance(instance_id)
+
+    async def list_instances(
+        self,
+        *,
+        workflow_name: str | None = None,
+        status: Status | str | None = None,
+        instance_id: str | None = None,
+        started_after: datetime | None = None,
+        started_before: datetime | None = None,
+        limit: int = 50,
+        page_token: str | None = None,
+    ) -> InstancePage:
+        """A page of instances, newest first.
+
+        Args:
+            workflow_name: a part of the name, ASCII case ignored; ``%`` and ``_`` are just characters.
+            status: exactly this status.
+            instance_id: a part of the id, likewise.
+            started_after: only instances whose start was stored after this time (aware).
+            started_before: only instances whose start was stored before this time (aware).
+            limit: instances a page, from 1 to 1,000.
+            page_token: ``next_page_token`` of the page before, with the same filters.
+
+        Raises:
+            InvalidFilterError: a filter or the limit can't be used.
+            InvalidPageTokenError: the token is none, or belongs to other filters.
+        """
+        self._check_running()
+        return await self._queries.list_instances(
+            workflow_name=workflow_name,
+            status=status,
+            instance_id=instance_id,
+            started_after=started_after,
+            started_before=started_before,
+            limit=limit,
+            page_token=page_token,
+        )
+
+    async def find_instances(
+        self,
+        filters: Mapping[str, JsonScalar],
+        *,
+        workflow_name: str | None = None,
+        status: Status | str | None = None,
+        limit: int = 50,
+        page_token: str | None = None,
+    ) -> InstancePage:
+        """A page of the instances whose input holds all these values, newest first.
+
+        Args:
+            filters: values by dotted path, such as ``{"order.status": "pending", "items.0.sku": "A1"}``. Strings
+                match exactly, numbers by value (1 is 1.0), ``True`` and ``False`` booleans only, ``None`` an explicit
+                null only, never a missing key. A part of digits is a list index, or a key.
+            workflow_name: as for :meth:`list_instances`.
+            status: as for :meth:`list_instances`.
+            limit: as for :meth:`list_instances`.
+            page_token: as for :meth:`list_instances`.
+
+        Raises:
+            InvalidFilterError: a path or a value can't be used; also a ``ValueError``.
+        """
+        self._check_running()
+        return await self._queries.list_instances(
+            input_filters=filters, workflow_name=workflow_name, status=status, limit=limit, page_token=page_token
+        )
+
+    async def iter_instances(
+        self,
+        *,
+        workflow_name: str | None = None,
+        status: Status | str | None = None,
+        instance_id: str | None = None,
+        started_after: datetime | None = None,
+        started_before: datetime | None = None,
+        filters: Mapping[str, JsonScalar] | None = None,
+        page_size: int = 200,
+    ) -> AsyncIterator[Instance]:
+        """All instances that match, newest first, read page by page; see :meth:`list_instances`."""
+        self._check_running()
+        token: str | None = None
+        while True:
+            page = await self._queries.list_instances(
+                workflow_name=workflow_name,
+                status=status,
+                instance_id=instance_id,
+                started_after=started_after,
+                started_before=started_before,
+                input_filters=filters,
+                limit=page_size,
+                page_token=token,
+            )
+            for instance in page.instances:
+                yield instance
+            token = page.next_page_token
+            if token is None:
+                return
+
+    async def get_history(self, instance_id: str, run: int | None = None) -> list[HistoryEvent]:
+        """What is recorded of a run (by default the latest), in the order in which the workflow saw it.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+        """
+        self._check_running()
+        events = await self._queries.get_history(instance_id, run)
+        if not events and await self._queries.get_instance(instance_id) is None:
+            raise _not_found(instance_id)
+        return events
+
+    # -- steering ----------------------------------------------------------------------------------
+
+    async def resume(self, instance_id: str) -> None:
+        """Let a suspended instance go on, from its history, with the code as it is now.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+            InstanceStateError: it is not suspended.
+        """
+        self._check_running()
+        _check_no_open_transaction("resume an instance")
+        if not await asyncio.wrap_future(self._store.resume(instance_id, self._clock.now_us())):
+            instance = await self._queries.get_instance(instance_id)
+            if instance is None:
+                raise _not_found(instance_id)
+            raise InstanceStateError(f"instance {instance_id!r} is {instance.status}, not suspended: nothing to resume")
+        self._hint_worker()
+
+    # -- waiting for results -----------------------------------------------------------------------
+
+    async def _wait_for(self, outcome: Outcome, timeout: Seconds | None) -> StateRow:
+        self._check_running()
+        _check_no_open_transaction("wait for a result")
+        if self._worker is None or not self._worker.is_live(outcome.instance_id):
+            self._poll_wanted.set()
+        if timeout is None:
+            return await outcome.wait()
+        timeout_s = as_seconds(timeout, "timeout")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await outcome.wait()
+        except TimeoutError:
+            raise ResultTimeoutError(
+                f"instance {outcome.instance_id} has not ended within {timeout_s} s; it goes on. Wait longer, or ask "
+                f"for its status()"
+            ) from None
+
+    async def _poll_outcomes(self) -> None:
+        """Look for the ends of instances that run elsewhere, or ended before somebody asked."""
+        while True:
+            has_waiters = bool(self._outcomes.awaited())
+            try:
+                async with asyncio.timeout(OUTCOME_POLL_S if has_waiters else None):
+                    await self._poll_wanted.wait()
+            except TimeoutError:
+                pass
+            self._poll_wanted.clear()
+            worker = self._worker
+            ids = [key for key in self._outcomes.awaited() if worker is None or not worker.is_live(key)]
+            if not ids:
+                continue
+            try:
+                states = await self._queries.get_outcomes(ids)
+            except DatabaseError as error:
+                logger.warning("results can't be read now: %s", error)
+                await asyncio.sleep(OUTCOME_POLL_S)
+            else:
+                for state in states:
+                    self._outcomes.settle(state)
+
+    def _check_running(self) -> None:
+        if self._process_id is None:
+            raise AppNotRunningError("the app is not running: use `async with App(…) as app`, or await app.start()")
+        if self._process_id != os.getpid():
+            raise AppNotRunningError("the app was started before this process forked: make an App of its own here")
+        if self._broken is not None:
+            raise AppNotRunningError(f"the app has stopped, for {self._broken}") from self._broken
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}={value!r}: give a whole number of at least 1")
+    return value
+
+
+def _checked_id(instance_id: str) -> str:
+    if not isinstance(instance_id, str) or not 1 <= len(instance_id) <= 200:
+        raise ConfigurationError(f"id={instance_id!r}: give a text of 1 to 200 characters")
+    if any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in instance_id):
+        raise ConfigurationError(f"id={instance_id!r} holds a control character: leave it out")
+    return instance_id
+
+
+def _same_input(definition: Workflow[..., Any], stored: str, text: str) -> bool:
+    if stored == text:
+        return True
+    try:
+        return definition.signature.decode_input(stored) == definition.signature.decode_input(text)
+    except SerializationError:
+        return False
+
+
+def _not_found(instance_id: str) -> InstanceNotFoundError:
+    return InstanceNotFoundError(f"there is no instance {instance_id!r}; list_instances() shows what there is")
+
+
+def _check_no_open_transaction(what: str) -> None:
+    """On SQLite an open session holds the one write lock; waiting for another write would never end."""
+    current = CURRENT_ACTIVITY.get(None)
+    if current is not None and current.has_open_transaction:
+        raise SessionError(
+            f"activity {current.activity_id} can't {what} while its session is open, for the session holds the "
+            f"database's write lock: do it before the session's first use, or in an activity of its own"
+        )

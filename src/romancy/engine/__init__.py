@@ -1,0 +1,1 @@
+"""The engine: runs workflow code deterministically and records what happens."""

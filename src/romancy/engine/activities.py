@@ -1,0 +1,395 @@
+"""Runs attempts of activities: starts them, bounds them, and hands their outcome to the instance."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import Context, copy_context
+from functools import partial
+from random import Random
+from typing import Any, Protocol
+
+from romancy.clock import Clock
+from romancy.context import CURRENT_ACTIVITY, ActivityContext
+from romancy.engine.instance import LiveInstance, exhausted
+from romancy.engine.operations import ActivityOperation
+from romancy.errors import ActivityTimeoutError, DatabaseError, FencedError, RomancyError, SerializationError, TerminalError
+from romancy.serde import check_size
+from romancy.storage.sessions import LONG_TRANSACTION_S, ActivityTransaction, SessionEngines
+
+logger = logging.getLogger("romancy.engine")
+
+DATABASE_RETRY_WAIT_S = 0.1
+
+
+class Attempt:
+    """One attempt on its way.
+
+    Attributes:
+        handle: the task, or for a plain ``def`` the thread pool's future; ``None`` while it waits for a place.
+        is_given_up: the workflow or the worker no longer wants it.
+        is_over: its outcome is settled; what the thread of a timed-out ``def`` still does counts for nothing.
+    """
+
+    __slots__ = ("context", "handle", "instance", "is_given_up", "is_over", "is_timed_out", "operation", "timeout")
+
+    def __init__(self, instance: LiveInstance, operation: ActivityOperation) -> None:
+        self.instance = instance
+        self.operation = operation
+        self.context: ActivityContext
+        self.handle: asyncio.Task[Any] | Future[Any] | None = None
+        self.timeout: asyncio.TimerHandle | None = None
+        self.is_given_up = False
+        self.is_timed_out = False
+        self.is_over = False
+
+
+class RunnerHost(Protocol):
+    """What the runner needs of its worker."""
+
+    worker_id: str
+    clock: Clock
+    max_payload_bytes: int
+
+    def lease_deadline_us(self) -> int:
+        """Until when a lease renewed now would hold."""
+        ...
+
+    def on_fenced(self, error: DatabaseError) -> None:
+        """The worker has lost its lease."""
+        ...
+
+
+class ActivityRunner:
+    """Runs the attempts of one worker.
+
+    Args:
+        host: the worker.
+        engines: where sessions come from.
+        limit: how many attempts may run at a time; more wait in line.
+        threads: how many plain ``def`` activities may run at a time.
+    """
+
+    def __init__(self, host: RunnerHost, engines: SessionEngines, limit: int, threads: int) -> None:
+        self._host = host
+        self._engines = engines
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self._base_context: Context = copy_context()
+        self._running: set[Attempt] = set()
+        self._queue: deque[Attempt] = deque()
+        self._endings: set[asyncio.Task[None]] = set()
+        self._random = Random()
+        self._threads = ThreadPoolExecutor(threads, "romancy-activity")
+        # Commits of sessions must not wait in line behind threads that wait for the lock that they hold.
+        self._commit_threads = ThreadPoolExecutor(2, "romancy-commit")
+
+    # -- starting ----------------------------------------------------------------------------------
+
+    def start(self, instance: LiveInstance, operation: ActivityOperation) -> None:
+        """Run the next attempt, now or once there is a place."""
+        attempt = Attempt(instance, operation)
+        operation.running = attempt
+        if len(self._running) >= self._limit:
+            self._queue.append(attempt)
+        else:
+            self._run(attempt)
+
+    def _run(self, attempt: Attempt) -> None:
+        operation, instance = attempt.operation, attempt.instance
+        activity = operation.activity
+        if not operation.first_attempt_us:
+            operation.first_attempt_us = self._host.clock.now_us()
+        attempt.context = ActivityContext(
+            instance.instance_id,
+            instance.run,
+            instance.workflow_name,
+            operation.id,
+            operation.attempt + 1,
+            self._engines if activity.transactional else None,
+            activity.is_async,
+        )
+        context = self._base_context.copy()
+        context.run(CURRENT_ACTIVITY.set, attempt.context)
+        self._running.add(attempt)
+        arguments = operation.arguments
+        if activity.is_async:
+            coroutine = activity.fn(*arguments.args, **arguments.kwargs)
+            task = self._loop.create_task(coroutine, name=operation.id, context=context)
+            attempt.handle = task
+            task.add_done_callback(partial(self._on_task_done, attempt))
+        else:
+            thread = self._threads.submit(context.run, activity.fn, *arguments.args, **arguments.kwargs)
+            attempt.handle = thread
+            thread.add_done_callback(partial(self._post, attempt))
+        timeout_s = operation.options.timeout_s or activity.timeout_s
+        if timeout_s is not None:
+            attempt.timeout = self._loop.call_later(timeout_s, self._time_out, attempt, timeout_s)
+
+    def _time_out(self, attempt: Attempt, timeout_s: float) -> None:
+        attempt.is_timed_out = True
+        handle = attempt.handle
+        if isinstance(handle, asyncio.Task):
+            handle.cancel()
+        elif handle is not None and not handle.cancel():
+            # A thread can't be interrupted: the attempt has failed, its thread runs on.
+            attempt.is_over = True
+            self._leave(attempt)
+            self._settle_failure(attempt, self._timeout_error(attempt, timeout_s))
+
+    @staticmethod
+    def _timeout_error(attempt: Attempt, timeout_s: float | None = None) -> ActivityTimeoutError:
+        operation = attempt.operation
+        limit = timeout_s or operation.options.timeout_s or operation.activity.timeout_s
+        return ActivityTimeoutError(
+            f"attempt {operation.attempt + 1} of activity {operation.id} took longer than its timeout of {limit} s"
+        )
+
+    def cancel(self, operation: ActivityOperation) -> None:
+        """Nobody waits for this outcome any more: end the attempt if it is an ``async def`` or has not begun."""
+        attempt: Attempt | None = operation.running
+        if attempt is None:
+            return
+        attempt.is_given_up = True
+        if attempt.handle is None:
+            self._queue.remove(attempt)
+            attempt.instance.on_attempt_dropped(operation)
+        else:
+            attempt.handle.cancel()
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def _post(self, attempt: Attempt, thread: Future[Any]) -> None:
+        """From an activity's thread back to the loop."""
+        try:
+            self._loop.call_soon_threadsafe(self._on_thread_done, attempt, thread)
+        except RuntimeError:
+            logger.debug("the event loop closed before activity %s ended", attempt.operation.id)
+
+    def _on_thread_done(self, attempt: Attempt, thread: Future[Any]) -> None:
+        if attempt.is_over:
+            if attempt.context.transaction is not None:
+                self._commit_threads.submit(attempt.context.transaction.close_in_thread)
+            return
+        self._leave(attempt)
+        if thread.cancelled():
+            self._on_cancelled(attempt)
+            return
+        error = thread.exception()
+        if error is None:
+            self._on_returned(attempt, thread.result())
+        else:
+            self._on_raised(attempt, error)
+
+    def _on_task_done(self, attempt: Attempt, task: asyncio.Task[Any]) -> None:
+        self._leave(attempt)
+        if task.cancelled():
+            self._on_cancelled(attempt)
+            return
+        error = task.exception()
+        if error is None:
+            self._on_returned(attempt, task.result())
+        else:
+            self._on_raised(attempt, error)
+
+    def _leave(self, attempt: Attempt) -> None:
+        self._running.discard(attempt)
+        if attempt.timeout is not None:
+            attempt.timeout.cancel()
+        while self._queue and len(self._running) < self._limit:
+            self._run(self._queue.popleft())
+
+    def _on_cancelled(self, attempt: Attempt) -> None:
+        if attempt.is_given_up or attempt.instance.is_gone:
+            self._roll_back_then(attempt, lambda: attempt.instance.on_attempt_dropped(attempt.operation))
+        elif attempt.is_timed_out:
+            self._on_raised(attempt, self._timeout_error(attempt))
+        else:
+            self._on_raised(attempt, RuntimeError("the activity was cancelled, by something within it"))
+
+    def _on_returned(self, attempt: Attempt, result: Any) -> None:
+        operation = attempt.operation
+        try:
+            text, value = operation.activity.signature.encode_result(result)
+            if len(text) * 4 > self._host.max_payload_bytes:
+                what = f"the result of activity {operation.activity.name!r}"
+                check_size(what, [text], self._host.max_payload_bytes)
+        except RomancyError as error:
+            self._on_raised(attempt, error)
+            return
+        transaction = attempt.context.transaction
+        if transaction is None:
+            operation.attempt += 1
+            attempt.instance.on_completed(operation, text, value)
+        else:
+            self._spawn(self._commit(attempt, transaction, text, value))
+
+    def _on_raised(self, attempt: Attempt, error: BaseException) -> None:
+        if isinstance(error, DatabaseError):
+            # The database, not the activity: try again without counting it.
+            self._roll_back_then(attempt, lambda: self._again(attempt, error))
+        else:
+            self._roll_back_then(attempt, lambda: self._settle_failure(attempt, error))
+
+    def _settle_failure(self, attempt: Attempt, error: BaseException) -> None:
+        operation, instance = attempt.operation, attempt.instance
+        operation.attempt += 1
+        if isinstance(error, TerminalError | SerializationError):
+            instance.on_failed(operation, error)
+            return
+        elapsed_s = (self._host.clock.now_us() - operation.first_attempt_us) / 1_000_000
+        wait_s = instance.effective_retry(operation).next_wait(operation.attempt, elapsed_s, error, self._random)
+        if wait_s is None:
+            instance.on_failed(operation, exhausted(operation, error))
+        else:
+            instance.on_retry(operation, error, wait_s)
+
+    def _again(self, attempt: Attempt, error: DatabaseError) -> None:
+        operation, instance = attempt.operation, attempt.instance
+        if instance.is_gone or attempt.is_given_up:
+            instance.on_attempt_dropped(operation)
+            return
+        logger.warning("activity %s runs again, for the database failed: %s", operation.id, error)
+        self._loop.call_later(DATABASE_RETRY_WAIT_S, self._start_again, attempt)
+
+    def _start_again(self, attempt: Attempt) -> None:
+        if attempt.instance.is_gone or attempt.is_given_up:
+            attempt.instance.on_attempt_dropped(attempt.operation)
+        else:
+            self.start(attempt.instance, attempt.operation)
+
+    # -- transactions ------------------------------------------------------------------------------
+
+    async def _commit(self, attempt: Attempt, transaction: ActivityTransaction, text: str, value: Any) -> None:
+        """Commit the user's rows and the outcome together, or run the attempt's failure path."""
+        operation, instance = attempt.operation, attempt.instance
+        is_async = operation.activity.is_async
+        try:
+            await (transaction.flush() if is_async else self._in_thread(transaction.flush_in_thread))
+        except Exception as error:
+            self._on_raised(attempt, error)
+            return
+        operation.attempt += 1
+        if not transaction.is_open:
+            await self._close(attempt, transaction)
+            self._loop.call_soon(instance.on_completed, operation, text, value)
+            return
+        row = await instance.reserve(operation, text)
+        is_committed = False
+        try:
+            if instance.is_gone:
+                await self._close(attempt, transaction)
+                return
+            self._warn_of_length(operation, transaction)
+            arguments = (self._host.worker_id, row, self._host.lease_deadline_us())
+            if is_async:
+                await transaction.commit(*arguments)
+            else:
+                await self._in_thread(transaction.commit_in_thread, *arguments)
+            is_committed = True
+        except FencedError as error:
+            self._host.on_fenced(error)
+        except DatabaseError as error:
+            operation.attempt -= 1
+            self._again(attempt, error)
+        finally:
+            # Workflow code must not run inside this task's step.
+            done = self._loop.create_future()
+            self._loop.call_soon(self._after_commit, instance, operation, is_committed, value, done)
+        await done
+
+    @staticmethod
+    def _after_commit(
+        instance: LiveInstance,
+        operation: ActivityOperation,
+        is_committed: bool,
+        value: Any,
+        done: asyncio.Future[None],
+    ) -> None:
+        instance.settle_reserved(operation, is_committed=is_committed, value=value)
+        if not done.done():
+            done.set_result(None)
+
+    def _roll_back_then(self, attempt: Attempt, action: Any) -> None:
+        transaction = attempt.context.transaction
+        if transaction is None:
+            action()
+        else:
+            self._spawn(self._roll_back(attempt, transaction, action))
+
+    async def _roll_back(self, attempt: Attempt, transaction: ActivityTransaction, action: Any) -> None:
+        self._warn_of_length(attempt.operation, transaction)
+        await self._close(attempt, transaction)
+        self._loop.call_soon(action)
+
+    async def _close(self, attempt: Attempt, transaction: ActivityTransaction) -> None:
+        try:
+            if attempt.operation.activity.is_async:
+                await transaction.close()
+            else:
+                await self._in_thread(transaction.close_in_thread)
+        except Exception:
+            logger.warning("the session of activity %s closed with an error", attempt.operation.id, exc_info=True)
+
+    @staticmethod
+    def _warn_of_length(operation: ActivityOperation, transaction: ActivityTransaction) -> None:
+        if transaction.open_for_s > LONG_TRANSACTION_S:
+            logger.warning(
+                "activity %s (%s) held the database's write lock for %.1f s: nobody else could write meanwhile. "
+                "Do slow things before the session's first use",
+                operation.id,
+                operation.activity.place,
+                transaction.open_for_s,
+            )
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.wrap_future(self._commit_threads.submit(function, *arguments))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._endings.add(task)
+        task.add_done_callback(self._on_ending_done)
+
+    def _on_ending_done(self, task: asyncio.Task[None]) -> None:
+        self._endings.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("an activity's ending failed in an unforeseen way", exc_info=task.exception())
+
+    # -- stopping ----------------------------------------------------------------------------------
+
+    @property
+    def running_count(self) -> int:
+        """How many attempts run now."""
+        return len(self._running)
+
+    async def finish(self, grace_s: float) -> None:
+        """Let running attempts end by themselves for that many seconds."""
+        deadline = self._loop.time() + grace_s
+        while (self._running or self._endings) and self._loop.time() < deadline:
+            handles = [self._as_awaitable(attempt) for attempt in self._running if attempt.handle is not None]
+            await asyncio.wait([*handles, *self._endings], timeout=deadline - self._loop.time())
+            await asyncio.sleep(0)
+
+    @staticmethod
+    def _as_awaitable(attempt: Attempt) -> asyncio.Future[Any]:
+        handle = attempt.handle
+        return handle if isinstance(handle, asyncio.Task) else asyncio.wrap_future(handle)  # type: ignore[arg-type]
+
+    async def close(self) -> None:
+        """Cancel what still runs and wait for its transactions to end; threads are left to themselves."""
+        for attempt in list(self._running):
+            attempt.is_given_up = True
+            if attempt.handle is not None:
+                attempt.handle.cancel()
+        self._queue.clear()
+        tasks = [attempt.handle for attempt in self._running if isinstance(attempt.handle, asyncio.Task)]
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
+        await asyncio.sleep(0)
+        while self._endings:
+            await asyncio.wait(set(self._endings))
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._commit_threads.shutdown(wait=False)

@@ -1,0 +1,322 @@
+"""The deterministic event loop that workflow code runs on.
+
+One loop an instance: a queue of ready callbacks, and timers that the instance makes durable. No I/O, no
+threads, no clock of its own. The engine runs it from a plain callback of the worker's real loop: deliver one
+recorded completion, run until nothing is ready, look at what the code asked for. Tasks and futures are
+asyncio's own, so everything built from them (gather, TaskGroup, timeout, queues, locks) replays exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from asyncio import _get_running_loop, _set_running_loop  # documented for implementers of event loops
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
+from typing import Any, NoReturn, Protocol
+
+from romancy.errors import ForbiddenInWorkflowError
+
+logger = logging.getLogger("romancy.workflow")
+
+MAX_CALLBACKS_PER_STEP = 1_000_000
+"""After so many callbacks without waiting for anything recorded, the code is taken to be in an endless loop."""
+
+
+class ReadyCallback:
+    """What ``call_soon`` returns: a callback that may be cancelled."""
+
+    __slots__ = ("_args", "_callback", "_context", "_is_cancelled")
+
+    def __init__(self, callback: Callable[..., Any], args: tuple[Any, ...], context: Context | None) -> None:
+        self._callback: Callable[..., Any] | None = callback
+        self._args = args
+        self._context = copy_context() if context is None else context
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        self._callback = None
+        self._args = ()
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def run(self) -> None:
+        if self._callback is not None:
+            self._context.run(self._callback, *self._args)
+
+
+class LoopHost(Protocol):
+    """What the loop needs from the instance that it runs."""
+
+    def workflow_time_us(self) -> int:
+        """The time of the last delivered event, in microseconds since the epoch."""
+        ...
+
+    def add_timer(self, deadline_us: int, callback: ReadyCallback) -> TimerCallback:
+        """Ask for a durable timer."""
+        ...
+
+    def cancel_timer(self, timer: TimerCallback) -> None:
+        """The code no longer waits for this timer."""
+        ...
+
+
+class TimerCallback:
+    """What ``call_later`` and ``call_at`` return: a durable timer of the workflow.
+
+    Attributes:
+        operation: the instance's own record of this timer.
+    """
+
+    __slots__ = ("_deadline_us", "_host", "operation", "ready")
+
+    def __init__(self, host: LoopHost, deadline_us: int, ready: ReadyCallback, operation: Any) -> None:
+        self._host = host
+        self._deadline_us = deadline_us
+        self.ready = ready
+        self.operation = operation
+
+    def when(self) -> float:
+        return self._deadline_us / 1_000_000
+
+    def cancel(self) -> None:
+        if not self.ready.cancelled():
+            self.ready.cancel()
+            self._host.cancel_timer(self)
+
+    def cancelled(self) -> bool:
+        return self.ready.cancelled()
+
+    def __repr__(self) -> str:
+        return f"<workflow timer at {self.when()}>"
+
+
+class WorkflowLoop(asyncio.AbstractEventLoop):
+    """The event loop of one workflow instance.
+
+    Attributes:
+        workflow_host: the instance; activities called on this loop go there.
+    """
+
+    def __init__(self, host: LoopHost) -> None:
+        self.workflow_host: LoopHost = host
+        self.tasks: list[asyncio.Task[Any]] = []
+        self._ready: deque[ReadyCallback] = deque()
+        self._prune_at = 16
+        self._is_closed = False
+
+    # -- driven by the engine ----------------------------------------------------------------------
+
+    def run_ready(self) -> None:
+        """Run callbacks until none is ready.
+
+        Raises:
+            ForbiddenInWorkflowError: they never come to an end.
+        """
+        ready = self._ready
+        outer = _get_running_loop()
+        hooks = sys.get_asyncgen_hooks()
+        _set_running_loop(self)
+        sys.set_asyncgen_hooks(firstiter=None, finalizer=self._finalize_asyncgen)
+        budget = MAX_CALLBACKS_PER_STEP
+        try:
+            while ready:
+                ready.popleft().run()
+                budget -= 1
+                if budget == 0:
+                    ready.clear()
+                    raise ForbiddenInWorkflowError(
+                        f"the workflow ran {MAX_CALLBACKS_PER_STEP:,} callbacks without waiting for an activity, a "
+                        f"timer or a message: it loops without end. Wait for something durable in the loop, such as "
+                        f"asyncio.sleep(1)"
+                    )
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+            _set_running_loop(outer)
+
+    def make_ready(self, callback: ReadyCallback) -> None:
+        """Queue a timer's callback once its firing is recorded."""
+        self._ready.append(callback)
+
+    def discard(self) -> None:
+        """End all tasks without letting them ask for anything more; their results are not wanted.
+
+        Python closes a suspended coroutine by raising ``GeneratorExit`` in it, so ``finally`` blocks run; they
+        are cut off at their first ``await`` or call into the loop.
+        """
+        self._is_closed = True
+        self._ready.clear()
+        outer = _get_running_loop()
+        _set_running_loop(self)
+        try:
+            for task in self.tasks:
+                if not task.done():
+                    _close(task)
+        finally:
+            _set_running_loop(outer)
+            self._ready.clear()
+            self.tasks.clear()
+            del self.workflow_host
+
+    def _finalize_asyncgen(self, agen: Any) -> None:
+        if not self._is_closed:
+            self.create_task(agen.aclose())
+
+    # -- used by asyncio ---------------------------------------------------------------------------
+
+    def call_soon(self, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> Any:
+        ready = ReadyCallback(callback, args, context)
+        self._ready.append(ready)
+        return ready
+
+    def call_later(
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> Any:
+        host = self.workflow_host
+        deadline_us = host.workflow_time_us() + max(0, round(delay * 1_000_000))
+        return host.add_timer(deadline_us, ReadyCallback(callback, args, context))
+
+    def call_at(
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> Any:
+        return self.workflow_host.add_timer(round(when * 1_000_000), ReadyCallback(callback, args, context))
+
+    def time(self) -> float:
+        return self.workflow_host.workflow_time_us() / 1_000_000
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(
+        self, coro: Any, *, name: object = None, context: Context | None = None, **options: Any
+    ) -> asyncio.Task[Any]:
+        if self._is_closed:
+            coro.close()
+            raise GeneratorExit
+        task = asyncio.Task(coro, loop=self, name=name or "workflow", context=context, **options)
+        if len(self.tasks) >= self._prune_at:
+            self.tasks = [known for known in self.tasks if not known.done()]
+            self._prune_at = max(16, 2 * len(self.tasks))
+        self.tasks.append(task)
+        return task
+
+    def get_debug(self) -> bool:
+        return False
+
+    def set_debug(self, enabled: bool) -> None:
+        pass
+
+    def is_running(self) -> bool:
+        return True
+
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if not self._is_closed:
+            error = context.get("exception")
+            logger.error("in workflow code: %s", context.get("message"), exc_info=error)
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        self.call_exception_handler(context)
+
+    def get_exception_handler(self) -> None:
+        return None
+
+    async def shutdown_asyncgens(self) -> None:
+        pass
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        del timeout
+
+
+def _close(task: asyncio.Task[Any]) -> None:
+    """Close a pending task's coroutine, silently."""
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    coroutine: Any = task.get_coro()
+    try:
+        coroutine.close()
+    except BaseException:
+        logger.debug("workflow code objected to being discarded", exc_info=True)
+
+
+_CURES = {
+    "run_in_executor": "threads (asyncio.to_thread, run_in_executor)",
+    "set_default_executor": "threads",
+    "call_soon_threadsafe": "calls from other threads",
+    "subprocess_exec": "subprocesses",
+    "subprocess_shell": "subprocesses",
+    "add_signal_handler": "signal handlers",
+    "remove_signal_handler": "signal handlers",
+    "getaddrinfo": "name resolution",
+    "getnameinfo": "name resolution",
+    "create_connection": "network connections",
+    "create_datagram_endpoint": "network connections",
+    "create_server": "servers",
+    "create_unix_connection": "network connections",
+    "create_unix_server": "servers",
+    "connect_accepted_socket": "network connections",
+    "start_tls": "network connections",
+    "sendfile": "file transfers",
+    "sock_sendfile": "file transfers",
+    "connect_read_pipe": "pipes",
+    "connect_write_pipe": "pipes",
+    "add_reader": "file descriptors",
+    "remove_reader": "file descriptors",
+    "add_writer": "file descriptors",
+    "remove_writer": "file descriptors",
+    "sock_recv": "sockets",
+    "sock_recv_into": "sockets",
+    "sock_recvfrom": "sockets",
+    "sock_recvfrom_into": "sockets",
+    "sock_sendall": "sockets",
+    "sock_sendto": "sockets",
+    "sock_connect": "sockets",
+    "sock_accept": "sockets",
+    "set_exception_handler": "exception handlers",
+    "set_task_factory": "task factories",
+    "get_task_factory": "task factories",
+    "run_forever": "running the loop",
+    "run_until_complete": "running the loop",
+    "stop": "stopping the loop",
+    "close": "closing the loop",
+}
+
+
+def caller_location() -> str | None:
+    """``file:line`` of the nearest caller outside asyncio and this package."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("asyncio", "romancy.", "contextlib", "concurrent")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def _refusal(method: str, what: str) -> Callable[..., NoReturn]:
+    def refuse(self: WorkflowLoop, *args: Any, **kwargs: Any) -> NoReturn:
+        del self, args, kwargs
+        place = caller_location()
+        raise ForbiddenInWorkflowError(
+            f"workflow code must not use {what}{f' ({place})' if place else ''}: it runs again on every replay. "
+            f"Do this in an activity, and await the activity in the workflow"
+        )
+
+    refuse.__name__ = method
+    return refuse
+
+
+for _method, _what in _CURES.items():
+    setattr(WorkflowLoop, _method, _refusal(_method, _what))
+
+
+def start_task(loop: WorkflowLoop, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+    """The main task of a workflow, in a context of its own."""
+    return loop.create_task(coroutine, name=name, context=Context())

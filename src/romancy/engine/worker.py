@@ -1,0 +1,447 @@
+"""A worker: owns instances under a lease, claims what is free or orphaned, hands back what it leaves.
+
+One worker is one life: when it loses its lease it stops for good, and the app begins another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
+
+from romancy.clock import Clock
+from romancy.definitions import CODE_NAMES, Catalogue, Workflow
+from romancy.engine.activities import ActivityRunner
+from romancy.engine.instance import LiveInstance
+from romancy.engine.lease import Lease
+from romancy.engine.operations import ActivityOperation
+from romancy.engine.process import host_identity, is_gone, process_started
+from romancy.engine.timers import TimerQueue
+from romancy.errors import DatabaseError, FencedError, InstanceStateError, RomancyError
+from romancy.failures import encode_error
+from romancy.model import Status
+from romancy.retry import RetryPolicy
+from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
+from romancy.storage.sessions import SessionEngines
+from romancy.storage.sqlite import SqliteStore
+from romancy.storage.writer import Recorder, Writer
+
+logger = logging.getLogger("romancy.worker")
+
+T = TypeVar("T")
+
+MAX_CLAIMS = 20
+CLAIM_SIZE = 200
+HISTORY_PAGE = 1_000
+SCAN_INTERVAL_S = 5.0
+GONE_CHECK_INTERVAL_S = 0.5
+CHANGE_CHECK_INTERVAL_S = 0.02
+
+
+class WorkerSettings(Protocol):
+    """The options that a worker reads; see :class:`romancy.App`."""
+
+    name: str
+    lease_ttl_s: float
+    max_instances: int
+    max_hot_instances: int
+    max_activities: int
+    activity_threads: int
+    max_payload_bytes: int
+    stall_warning_s: float
+    default_retry: RetryPolicy
+
+
+class WorkerListener(Protocol):
+    """Who hears of what the worker sees."""
+
+    def on_ended(self, state: StateRow) -> None:
+        """An instance has ended or was suspended, durably."""
+        ...
+
+    def on_foreign_change(self) -> None:
+        """Another process has written to the database."""
+        ...
+
+    def on_worker_lost(self, error: DatabaseError) -> None:
+        """This worker has stopped by itself: it lost its lease, or the database is beyond hope."""
+        ...
+
+
+class _Parked(Recorder):
+    """An instance that can't even be loaded."""
+
+    def on_refused(self, error: DatabaseError) -> None:
+        logger.warning("an instance could not be parked: %s", error)
+
+
+class Worker:
+    """Runs instances; see the module.
+
+    Args:
+        settings: the app's options.
+        store: the database.
+        engines: where activity sessions come from.
+        catalogue: what this worker can run.
+        clock: workflow time.
+        listener: the app.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        store: SqliteStore,
+        engines: SessionEngines,
+        catalogue: Catalogue,
+        clock: Clock,
+        lease_clock: Clock,
+        listener: WorkerListener,
+    ) -> None:
+        self.worker_id = str(uuid4())
+        self.clock = clock
+        self.default_retry = settings.default_retry
+        self.max_payload_bytes = settings.max_payload_bytes
+        self.timers = TimerQueue(clock)
+        self._settings = settings
+        self._store = store
+        self._workflows: Mapping[str, Workflow[..., Any]] = catalogue.workflows
+        self._lease_clock = lease_clock
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._lease = Lease(
+            store,
+            self.worker_id,
+            settings.lease_ttl_s,
+            lease_clock.now_us,
+            settings.stall_warning_s,
+            CODE_NAMES,
+            lambda: self.on_fenced(FencedError(f"worker {self.worker_id} has lost its lease")),
+        )
+        self.writer = Writer(store, self.worker_id, self._lease.ride_along, self._on_writer_stopped)
+        self._runner = ActivityRunner(self, engines, settings.max_activities, settings.activity_threads)
+        self._live: dict[str, LiveInstance] = {}
+        self._waiting: OrderedDict[str, LiveInstance] = OrderedDict()
+        self._others: list[WorkerRow] = []
+        self._next_due_us: int | None = None
+        self._is_stopping = False
+        self._is_stopped = False
+        self._hint = asyncio.Event()
+        self._seen_commits = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Register, take over what dead workers left, and begin to look for work.
+
+        Raises:
+            DatabaseError: the worker can't be registered.
+        """
+        now = self._lease_clock.now_us()
+        row = WorkerRow(
+            self.worker_id,
+            self._settings.name,
+            "alive",
+            host_identity(),
+            os.getpid(),
+            process_started(os.getpid()) or 0,
+            self._lease.deadline_us(),
+        )
+        await _done(self._store.register(row, started_at=now))
+        self._lease.start()
+        self._tasks = [
+            self._loop.create_task(self._forever(self._look_for_work), name="romancy-claims"),
+            self._loop.create_task(self._forever(self._watch_changes), name="romancy-changes"),
+        ]
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new work, let running activities end, then hand everything back."""
+        self._is_stopping = True
+        await self._end_tasks()
+        await self._runner.finish(grace_s)
+        await self.writer.drained()
+        await self._stop_running()
+        await self.writer.drained()
+        self._drop_all()
+        if self.writer.stopped_by is None:
+            await _done(self._store.leave(self.worker_id, self.clock.now_us()))
+        self._is_stopped = True
+
+    async def abandon(self) -> None:
+        """Leave memory without writing anything more, as after a lost lease."""
+        self._is_stopping = True
+        await self._end_tasks()
+        self._drop_all()
+        await self._stop_running()
+        self._is_stopped = True
+
+    async def _stop_running(self) -> None:
+        await self._runner.close()
+        self._lease.stop()
+        self.timers.close()
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _drop_all(self) -> None:
+        for instance in list(self._live.values()):
+            instance.drop()
+        self._live.clear()
+        self._waiting.clear()
+
+    def on_fenced(self, error: DatabaseError) -> None:
+        """The lease is lost: others own the instances; stop without writing or compensating anything."""
+        self.writer.stop(error)
+
+    def _on_writer_stopped(self, error: DatabaseError) -> None:
+        if self._is_stopping:
+            return
+        logger.error("worker %s (%s) stops: %s", self.worker_id, self._settings.name, error)
+        self._drop_all()
+        self._listener.on_worker_lost(error)
+
+    def lease_deadline_us(self) -> int:
+        """See :class:`romancy.engine.activities.RunnerHost`."""
+        return self._lease.deadline_us()
+
+    # -- instances ---------------------------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a further instance may run here now."""
+        return not self._is_stopping and len(self._live) - len(self._waiting) < self._settings.max_instances
+
+    def is_live(self, instance_id: str) -> bool:
+        """Whether the instance is in this worker's memory."""
+        return instance_id in self._live
+
+    def run_started(self, row: StartRow) -> None:
+        """Run an instance that was just stored as this worker's own."""
+        if self._is_stopping:
+            return
+        assert row.started_at is not None
+        claimed = ClaimedRow(
+            row.instance_id, row.run, row.workflow_name, row.status, row.claims, row.started_at, row.input
+        )
+        instance = self._load(claimed, is_replaying=False)
+        if instance is not None:
+            instance.begin()
+
+    def hint(self) -> None:
+        """There may be work: look now."""
+        self._next_due_us = 0
+        self._hint.set()
+
+    def _load(self, row: ClaimedRow, *, is_replaying: bool) -> LiveInstance | None:
+        try:
+            if row.claims > MAX_CLAIMS:
+                raise InstanceStateError(
+                    f"the workers that ran this instance died {row.claims - 1} times in a row without its coming "
+                    f"forward; it may be what kills them. Once that is mended, resume it"
+                )
+            instance = LiveInstance(self, row, self._workflows[row.workflow_name], is_replaying=is_replaying)
+        except RomancyError as error:
+            self._park_unloaded(row, error)
+            return None
+        self._live[row.instance_id] = instance
+        return instance
+
+    def _park_unloaded(self, row: ClaimedRow, error: RomancyError) -> None:
+        logger.error("instance %s of workflow %s is suspended: %s", row.instance_id, row.workflow_name, error)
+        now = self.clock.now_us()
+        state = StateRow(
+            row.instance_id, Status.SUSPENDED.value, None, None, now, None, None, encode_error(error)
+        )
+        ticket = self.writer.record(_Parked(), None, state)
+        self.writer.when_durable(ticket, lambda: self._listener.on_ended(state))
+
+    def start_activity(self, instance: LiveInstance, operation: ActivityOperation) -> None:
+        """See :class:`romancy.engine.instance.InstanceHost`."""
+        self._runner.start(instance, operation)
+
+    def cancel_activity(self, operation: ActivityOperation) -> None:
+        """See :class:`romancy.engine.instance.InstanceHost`."""
+        self._runner.cancel(operation)
+
+    def on_waiting(self, instance: LiveInstance, is_waiting: bool) -> None:
+        """See :class:`romancy.engine.instance.InstanceHost`."""
+        if not is_waiting:
+            self._waiting.pop(instance.instance_id, None)
+            return
+        self._waiting[instance.instance_id] = instance
+        self._waiting.move_to_end(instance.instance_id)
+        if len(self._waiting) > self._settings.max_hot_instances:
+            self._loop.call_soon(self._evict)
+
+    def _evict(self) -> None:
+        """Put the instances to bed that have waited longest."""
+        while len(self._waiting) > self._settings.max_hot_instances:
+            _, instance = self._waiting.popitem(last=False)
+            wake = instance.next_wake_us()
+            instance.evict()
+            if wake is not None and (self._next_due_us is None or wake < self._next_due_us):
+                self._next_due_us = wake
+                self._hint.set()
+
+    def on_ended(self, instance: LiveInstance, state: StateRow) -> None:
+        """See :class:`romancy.engine.instance.InstanceHost`."""
+        del instance
+        self._listener.on_ended(state)
+
+    def on_gone(self, instance: LiveInstance) -> None:
+        """See :class:`romancy.engine.instance.InstanceHost`."""
+        if self._live.get(instance.instance_id) is instance:
+            del self._live[instance.instance_id]
+        self._waiting.pop(instance.instance_id, None)
+        if len(self._live) - len(self._waiting) == self._settings.max_instances - 1:
+            self._hint.set()
+
+    # -- looking for work --------------------------------------------------------------------------
+
+    async def _forever(self, body: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await body()
+            except FencedError as error:
+                self.on_fenced(error)
+                return
+            except DatabaseError as error:
+                logger.warning("worker %s can't look for work now: %s", self._settings.name, error)
+                await asyncio.sleep(0.5)
+
+    async def _look_for_work(self) -> None:
+        await self._scan()
+        next_scan = self._loop.time() + min(SCAN_INTERVAL_S, self._settings.lease_ttl_s / 2)
+        while True:
+            await self._claim_due()
+            await self._take_over_gone()
+            wait_s = next_scan - self._loop.time()
+            if wait_s <= 0:
+                return
+            await self._sleep(min(wait_s, self._seconds_to_next_due(), self._seconds_to_gone_check()))
+
+    async def _sleep(self, wait_s: float) -> None:
+        self._hint.clear()
+        try:
+            async with asyncio.timeout(max(wait_s, 0)):
+                await self._hint.wait()
+        except TimeoutError:
+            return
+
+    def _seconds_to_next_due(self) -> float:
+        if self._next_due_us is None or not self.has_room:
+            return SCAN_INTERVAL_S
+        return (self._next_due_us - self.clock.now_us()) / 1_000_000
+
+    def _seconds_to_gone_check(self) -> float:
+        here = host_identity()
+        return GONE_CHECK_INTERVAL_S if any(row.host == here for row in self._others) else SCAN_INTERVAL_S
+
+    async def _scan(self) -> None:
+        """Look at the other workers and at the next due time; take over from the dead."""
+        rows, self._next_due_us = await _done(self._store.scan())
+        if all(row.worker_id != self.worker_id or row.state != "alive" for row in rows):
+            raise FencedError(f"worker {self.worker_id} has lost its lease")
+        self._others = [row for row in rows if row.worker_id != self.worker_id]
+        now = self._lease_clock.now_us()
+        for row in list(self._others):
+            if row.state == "dead":
+                await self._take_over(row)
+            elif row.lease_until < now or is_gone(row):
+                await self._bury(row)
+
+    async def _take_over_gone(self) -> None:
+        for row in [row for row in self._others if row.state == "alive" and is_gone(row)]:
+            await self._bury(row)
+
+    async def _bury(self, row: WorkerRow) -> None:
+        """Mark a worker dead, then take its instances; its commit in flight, if any, ends before or fails after."""
+        if await _done(self._store.bury(row.worker_id, self._lease_clock.now_us(), is_gone=is_gone(row))):
+            logger.warning("worker %s (%s) is dead; taking over its instances", row.name, row.worker_id)
+            await self._take_over(row)
+        self._others = [other for other in self._others if other.worker_id != row.worker_id]
+
+    async def _take_over(self, dead: WorkerRow) -> None:
+        while self.has_room:
+            now = self.clock.now_us()
+            rows = await _done(self._store.claim_from(dead.worker_id, self.worker_id, now, CLAIM_SIZE))
+            if not rows:
+                self._others = [other for other in self._others if other.worker_id != dead.worker_id]
+                self._next_due_us = 0
+                return
+            await self._resume(rows)
+
+    async def _claim_due(self) -> None:
+        """Claim what nobody owns and whose time has come."""
+        while self.has_room and self._next_due_us is not None and self._next_due_us <= self.clock.now_us():
+            rows = await _done(self._store.claim_ready(self.worker_id, self.clock.now_us(), CLAIM_SIZE))
+            if len(rows) < CLAIM_SIZE:
+                self._next_due_us = await _done(self._store.next_due())
+            await self._resume(rows)
+            if not rows:
+                # What is due belongs to workflows that this app does not have.
+                self._next_due_us = None
+                return
+
+    async def _resume(self, rows: Sequence[ClaimedRow]) -> None:
+        """Bring claimed instances back to where their history ends."""
+        pages = await _done(self._store.read_history([(r.instance_id, r.run, 0) for r in rows], HISTORY_PAGE))
+        for row, page in zip(rows, pages, strict=True):
+            instance = await self._in_callback(lambda row=row: self._load(row, is_replaying=True))
+            if instance is not None:
+                await self._replay(instance, page)
+
+    async def _replay(self, instance: LiveInstance, page: list[HistoryRow]) -> None:
+        while await self._in_callback(lambda page=page: instance.replay(page)):
+            if len(page) < HISTORY_PAGE:
+                await self._in_callback(instance.go_live)
+                return
+            wanted = [(instance.instance_id, instance.run, page[-1].seq)]
+            (page,) = await _done(self._store.read_history(wanted, HISTORY_PAGE))
+
+    async def _in_callback(self, function: Callable[[], T]) -> T:
+        """Run workflow code from a plain callback of the loop, never inside a task's step."""
+        done: asyncio.Future[T] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except BaseException as error:
+                if not done.done():
+                    done.set_exception(error)
+            else:
+                if not done.done():
+                    done.set_result(result)
+
+        self._loop.call_soon(run)
+        return await done
+
+    async def _watch_changes(self) -> None:
+        """Notice what other processes commit, by a look at the log file."""
+        is_own = False
+        while True:
+            await asyncio.sleep(CHANGE_CHECK_INTERVAL_S)
+            if not self._store.has_changed():
+                continue
+            commits, self._seen_commits = self._seen_commits, self.writer.committed
+            was_own, is_own = is_own, commits != self._seen_commits
+            if is_own and was_own:
+                # Busy with commits of our own: the scan will see what others do.
+                continue
+            self._listener.on_foreign_change()
+            due = await _done(self._store.next_due())
+            if due is not None and (self._next_due_us is None or due < self._next_due_us):
+                self._next_due_us = due
+                self._hint.set()
+
+
+async def _done(future: Future[T]) -> T:
+    return await asyncio.wrap_future(future)

@@ -1,0 +1,76 @@
+"""What a group commit carries, and what becomes of it when one row is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from romancy.errors import DatabaseError
+from romancy.storage.failures import is_row_error
+from romancy.storage.rows import HistoryRow, StartRow, StateRow
+
+
+class Member(Protocol):
+    """Whoever has rows in a batch: a live instance, or one start."""
+
+    def on_refused(self, error: DatabaseError) -> None:
+        """The database refused these rows for good; none of them was written."""
+        ...
+
+
+class Party:
+    """The rows of one member; they are written together or not at all."""
+
+    __slots__ = ("history", "keyed_starts", "member", "starts", "states")
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.starts: list[StartRow] = []
+        self.keyed_starts: list[StartRow] = []
+        self.history: list[HistoryRow] = []
+        self.states: list[StateRow] = []
+
+
+class Batch:
+    """Everything that waits for one commit, by party, in order of arrival.
+
+    Attributes:
+        number: counts up; a batch is durable before the next one begins.
+        waiting: parties that are not durable yet; shrinks while the batch is written.
+        inserted: ids of keyed starts that were new; the others existed already.
+        refused: parties that a constraint refused, each with the error.
+    """
+
+    __slots__ = ("inserted", "number", "refused", "row_count", "waiting")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.waiting: list[Party] = []
+        self.row_count = 0
+        self.inserted: set[str] = set()
+        self.refused: list[tuple[Party, DatabaseError]] = []
+
+
+def run_batch(batch: Batch, commit: Callable[[list[Party]], set[str]]) -> None:
+    """Commit a batch, as a whole if possible; else in halves, until each guilty party stands alone.
+
+    After any other error the batch knows what is durable already, and may be run again.
+    """
+
+    def attempt(parties: list[Party]) -> None:
+        try:
+            batch.inserted |= commit(parties)
+        except Exception as error:
+            if not is_row_error(error):
+                raise
+            if len(parties) > 1:
+                middle = len(parties) // 2
+                attempt(parties[:middle])
+                attempt(parties[middle:])
+                return
+            refusal = DatabaseError(f"the database refused a row: {error}")
+            refusal.__cause__ = error
+            batch.refused.append((parties[0], refusal))
+        del batch.waiting[: len(parties)]
+
+    attempt(list(batch.waiting))

@@ -1,0 +1,99 @@
+"""Brings the tables to this version's shape: forward only, under a lock, safe when many workers start at once."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy import create_engine
+from sqlalchemy.dialects import sqlite as sqlite_dialect
+from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from romancy.errors import SchemaError
+from romancy.storage.schema import SCHEMA_VERSION, VERSION_TABLE, metadata
+
+
+def schema_version(connection: sqlite3.Connection) -> str | None:
+    """The version of the tables, or ``None`` where there are none."""
+    sql = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+    if connection.execute(sql, (VERSION_TABLE,)).fetchone() is None:
+        return None
+    row = connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
+    return None if row is None else str(row[0])
+
+
+def ensure_schema(path: str, connect: Callable[[], sqlite3.Connection], *, migrate: bool) -> str | None:
+    """Create or upgrade the tables; returns the version that was there before.
+
+    A fresh database gets all tables at once; an older one goes through the numbered migrations.
+
+    Raises:
+        SchemaError: they are missing or outdated and ``migrate`` is off, or they belong to a newer Romancy.
+    """
+    connection = connect()
+    try:
+        found = schema_version(connection)
+        if found == SCHEMA_VERSION:
+            return found
+        if found is not None and found > SCHEMA_VERSION:
+            raise SchemaError(
+                f"database {path}: its tables have version {found}, this Romancy knows {SCHEMA_VERSION}; "
+                f"upgrade the package"
+            )
+        if not migrate:
+            there = f"have version {found}" if found else "are missing"
+            raise SchemaError(
+                f"database {path}: Romancy's tables {there}, this version needs {SCHEMA_VERSION}; "
+                f"run: romancy migrate --database {path}"
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            found = schema_version(connection)
+            if found is None:
+                _create_all(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+    finally:
+        connection.close()
+    if found is not None and found != SCHEMA_VERSION:
+        upgrade(path)
+    return found
+
+
+def _create_all(connection: sqlite3.Connection) -> None:
+    dialect = sqlite_dialect.dialect()
+    for table in metadata.sorted_tables:
+        connection.execute(str(CreateTable(table).compile(dialect=dialect)))
+        for index in sorted(table.indexes, key=lambda index: str(index.name)):
+            connection.execute(str(CreateIndex(index).compile(dialect=dialect)))
+    connection.execute(
+        f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) NOT NULL, "
+        f"CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num))"
+    )
+    connection.execute(f"INSERT INTO {VERSION_TABLE} VALUES (?)", (SCHEMA_VERSION,))  # noqa: S608
+
+
+def upgrade(path: str) -> None:
+    """Run the numbered migrations that are missing, in one transaction that holds the write lock."""
+    from alembic import command  # noqa: PLC0415  (only an outdated database needs it)
+    from alembic.config import Config  # noqa: PLC0415
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            driver.isolation_level = None
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.exec_driver_sql("COMMIT")
+    finally:
+        engine.dispose()

@@ -1,0 +1,245 @@
+"""Reading instances and histories, page by page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, Select, and_, event, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from romancy.errors import InvalidFilterError, InvalidPageTokenError
+from romancy.failures import decode_info
+from romancy.model import HistoryEvent, HistoryKind, Instance, InstancePage, Status, from_micros, to_micros
+from romancy.serde import load_json
+from romancy.storage.failures import database_error
+from romancy.storage.filters import JsonScalar, contains, input_matches
+from romancy.storage.rows import StateRow
+from romancy.storage.schema import history, instances
+
+MAX_LIMIT = 1_000
+IDS_PER_QUERY = 500
+
+_INSTANCE = [
+    instances.c[name]
+    for name in (
+        "instance_id",
+        "run",
+        "workflow_name",
+        "status",
+        "owner",
+        "ready_at",
+        "claims",
+        "created_at",
+        "started_at",
+        "updated_at",
+        "completed_at",
+        "source_hash",
+        "input",
+        "result",
+        "error",
+    )
+]
+
+
+class Queries:
+    """The read side of one database; opens connections as they are needed.
+
+    Args:
+        path: the database file.
+        name: how messages call the database.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        self._name = name
+        self._engine: AsyncEngine = create_async_engine(
+            f"sqlite+aiosqlite:///{path}", isolation_level="AUTOCOMMIT", pool_size=2, max_overflow=8
+        )
+
+        @event.listens_for(self._engine.sync_engine, "connect")
+        def on_connect(connection: Any, _record: Any) -> None:
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA query_only = ON")
+            cursor.close()
+
+    async def dispose(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+    async def get_instance(self, instance_id: str) -> Instance | None:
+        """One instance, or ``None``."""
+        async with self._connect() as connection:
+            row = (await connection.execute(select(*_INSTANCE).where(instances.c.instance_id == instance_id))).first()
+        return None if row is None else _instance(row)
+
+    async def get_outcomes(self, instance_ids: Iterable[str]) -> list[StateRow]:
+        """The state of those of these instances that have ended or are suspended."""
+        ids = list(instance_ids)
+        ended = or_(instances.c.completed_at.is_not(None), instances.c.status == Status.SUSPENDED.value)
+        columns = [instances.c[name] for name in StateRow._fields]
+        found: list[StateRow] = []
+        async with self._connect() as connection:
+            for start in range(0, len(ids), IDS_PER_QUERY):
+                part = ids[start : start + IDS_PER_QUERY]
+                rows = await connection.execute(select(*columns).where(instances.c.instance_id.in_(part), ended))
+                found += [StateRow._make(row) for row in rows]
+        return found
+
+    async def list_instances(
+        self,
+        *,
+        workflow_name: str | None = None,
+        status: Status | str | None = None,
+        instance_id: str | None = None,
+        started_after: datetime | None = None,
+        started_before: datetime | None = None,
+        input_filters: Mapping[str, JsonScalar] | None = None,
+        limit: int = 50,
+        page_token: str | None = None,
+    ) -> InstancePage:
+        """A page of instances, newest first; see :meth:`romancy.App.list_instances`."""
+        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+            raise InvalidFilterError(f"limit={limit!r}: give a whole number from 1 to {MAX_LIMIT}")
+        conditions: list[ColumnElement[bool]] = []
+        if workflow_name is not None:
+            conditions.append(contains(instances.c.workflow_name, workflow_name))
+        if instance_id is not None:
+            conditions.append(contains(instances.c.instance_id, instance_id))
+        if status is not None:
+            conditions.append(instances.c.status == _status(status).value)
+        if started_after is not None:
+            conditions.append(instances.c.created_at > _time("started_after", started_after))
+        if started_before is not None:
+            conditions.append(instances.c.created_at < _time("started_before", started_before))
+        if input_filters is not None:
+            conditions.append(input_matches(input_filters))
+        query = _query_digest(workflow_name, status, instance_id, started_after, started_before, input_filters)
+        if page_token is not None:
+            conditions.append(_after(page_token, query))
+        statement = (
+            select(*_INSTANCE)
+            .where(and_(True, *conditions))
+            .order_by(instances.c.created_at.desc(), instances.c.instance_id.desc())
+            .limit(limit + 1)
+        )
+        rows = await self._fetch(statement)
+        has_more = len(rows) > limit
+        page = tuple(_instance(row) for row in rows[:limit])
+        token = _token(rows[limit - 1], query) if has_more else None
+        return InstancePage(page, has_more, token)
+
+    async def get_history(self, instance_id: str, run: int | None = None) -> list[HistoryEvent]:
+        """The recorded events of a run (by default the latest), in order."""
+        if run is None:
+            instance = await self.get_instance(instance_id)
+            if instance is None:
+                return []
+            run = instance.run
+        statement = (
+            select(*history.c)
+            .where(history.c.instance_id == instance_id, history.c.run == run)
+            .order_by(history.c.seq)
+        )
+        return [_event(row) for row in await self._fetch(statement)]
+
+    async def _fetch(self, statement: Select[Any]) -> list[Row[Any]]:
+        async with self._connect() as connection:
+            return list((await connection.execute(statement)).fetchall())
+
+    def _connect(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        @asynccontextmanager
+        async def connect() -> Any:
+            try:
+                async with self._engine.connect() as connection:
+                    yield connection
+            except Exception as error:
+                raise database_error(error, self._name) from error
+
+        return connect()
+
+
+def _time(name: str, value: datetime) -> int:
+    try:
+        return to_micros(value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InvalidFilterError(f"{name}={value!r}: give an aware datetime ({error})") from None
+
+
+def _status(status: Status | str) -> Status:
+    try:
+        return Status(status)
+    except ValueError:
+        raise InvalidFilterError(f"status={status!r}: give one of {', '.join(Status)}") from None
+
+
+def _query_digest(*parts: object) -> str:
+    text = repr([sorted(part.items()) if isinstance(part, Mapping) else part for part in parts])
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
+
+
+def _token(row: Row[Any], query: str) -> str:
+    text = json.dumps([row.created_at, row.instance_id, query])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _after(token: str, query: str) -> ColumnElement[bool]:
+    """Everything that comes after the last row of the page before."""
+    try:
+        text = base64.urlsafe_b64decode(token.encode() + b"=" * (-len(token) % 4))
+        created_at, instance_id, of_query = json.loads(text)
+    except (ValueError, TypeError, AttributeError):
+        created_at = instance_id = of_query = None
+    if not isinstance(created_at, int) or not isinstance(instance_id, str):
+        raise InvalidPageTokenError(f"page_token={token!r} is none: pass next_page_token of the page before")
+    if of_query != query:
+        raise InvalidPageTokenError(
+            f"page_token={token!r} belongs to another query: repeat the filters of the first page, or begin anew"
+        )
+    return or_(
+        instances.c.created_at < created_at,
+        and_(instances.c.created_at == created_at, instances.c.instance_id < instance_id),
+    )
+
+
+def _instance(row: Row[Any]) -> Instance:
+    return Instance(
+        instance_id=row.instance_id,
+        run=row.run,
+        workflow_name=row.workflow_name,
+        status=Status(row.status),
+        input=load_json(row.input),
+        result=None if row.result is None else load_json(row.result),
+        error=None if row.error is None else decode_info(row.error),
+        worker_id=row.owner,
+        created_at=from_micros(row.created_at),
+        started_at=None if row.started_at is None else from_micros(row.started_at),
+        updated_at=from_micros(row.updated_at),
+        completed_at=None if row.completed_at is None else from_micros(row.completed_at),
+        next_wake_at=from_micros(row.ready_at) if row.ready_at else None,
+        claims=row.claims,
+        source_hash=row.source_hash,
+    )
+
+
+def _event(row: Row[Any]) -> HistoryEvent:
+    kind = HistoryKind(row.kind)
+    has_result = row.result is not None and kind is HistoryKind.ACTIVITY_COMPLETED
+    return HistoryEvent(
+        instance_id=row.instance_id,
+        run=row.run,
+        seq=row.seq,
+        kind=kind,
+        activity_id=row.operation_id,
+        name=row.name,
+        attempt=row.attempt,
+        input=None if row.input is None else load_json(row.input),
+        result=load_json(row.result) if has_result else None,
+        error=None if row.error is None else decode_info(row.error),
+        at=from_micros(row.at),
+        next_attempt_at=None if row.due_at is None else from_micros(row.due_at),
+    )

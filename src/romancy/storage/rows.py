@@ -1,0 +1,77 @@
+"""Rows on their way between the engine and the database, as plain tuples with names."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StartRow(NamedTuple):
+    """A new instance."""
+
+    instance_id: str
+    run: int
+    workflow_name: str
+    status: str
+    owner: str | None
+    ready_at: int | None
+    claims: int
+    created_at: int
+    started_at: int | None
+    updated_at: int
+    source_hash: str | None
+    input: str
+
+
+class HistoryRow(NamedTuple):
+    """One recorded event; ``seq`` is unique within a run."""
+
+    instance_id: str
+    run: int
+    seq: int
+    kind: str
+    operation_id: str | None
+    name: str | None
+    position: int | None
+    attempt: int
+    at: int
+    due_at: int | None
+    input: str | None
+    result: str | None
+    error: str | None
+
+
+class StateRow(NamedTuple):
+    """The new state of an instance that this worker owns."""
+
+    instance_id: str
+    status: str
+    owner: str | None
+    ready_at: int | None
+    updated_at: int
+    completed_at: int | None
+    result: str | None
+    error: str | None
+
+
+class ClaimedRow(NamedTuple):
+    """An instance that this worker has just taken."""
+
+    instance_id: str
+    run: int
+    workflow_name: str
+    status: str
+    claims: int
+    started_at: int
+    input: str
+
+
+class WorkerRow(NamedTuple):
+    """A registered worker, as others see it."""
+
+    worker_id: str
+    name: str
+    state: str
+    host: str
+    pid: int
+    process_started: int
+    lease_until: int

@@ -1,0 +1,293 @@
+"""Group commit: all instances of a process hand their rows here, and each commit carries whatever waits.
+
+One batch is in flight at a time. While it is being flushed the next one fills; the longer a flush takes, the more
+the next one carries. A batch that fails is tried again whole; a row that the database refuses fails alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+from romancy.errors import (
+    AppNotRunningError,
+    DatabaseCorruptError,
+    DatabaseError,
+    DatabaseReadOnlyError,
+    FencedError,
+    SchemaError,
+)
+from romancy.storage.batch import Batch, Party
+from romancy.storage.rows import HistoryRow, StartRow, StateRow
+
+logger = logging.getLogger("romancy.storage")
+
+MAX_WAITING_ROWS = 20_000
+MAX_RETRY_WAIT_S = 1.0
+HOPELESS = (DatabaseCorruptError, DatabaseReadOnlyError, SchemaError)
+"""Errors that waiting does not mend: the worker stops, its instances stay as they were."""
+
+
+class Recorder:
+    """Somebody whose rows go through the writer; keeps its place in the open batch.
+
+    Attributes:
+        ticket: the number of the batch that holds its latest row; durable once ``writer.committed`` reaches it.
+    """
+
+    __slots__ = ("party", "ticket")
+
+    def __init__(self) -> None:
+        self.ticket = 0
+        self.party: Party | None = None
+
+    def on_refused(self, error: DatabaseError) -> None:
+        """See :class:`romancy.storage.batch.Member`."""
+        raise NotImplementedError
+
+
+class Start:
+    """A start on its way: who waits for it, and what is to happen once it is durable."""
+
+    __slots__ = ("future", "is_keyed", "on_durable", "row")
+
+    def __init__(self, row: StartRow, is_keyed: bool, on_durable: Callable[[], None] | None) -> None:
+        self.row = row
+        self.is_keyed = is_keyed
+        self.on_durable = on_durable
+        self.future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def on_refused(self, error: DatabaseError) -> None:
+        """Tell the caller."""
+        self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the caller, unless it has gone."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def succeed(self, is_new: bool) -> None:
+        """The instance is durable; go on with it."""
+        if is_new and self.on_durable is not None:
+            self.on_durable()
+        if not self.future.done():
+            self.future.set_result(is_new)
+
+
+class BatchStore(Protocol):
+    """What the writer needs of a database."""
+
+    def flush(self, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+        """Commit a batch under the worker's fence."""
+        ...
+
+
+class Writer:
+    """The group commit of one app; lives on the app's event loop.
+
+    Args:
+        store: where batches go.
+        worker_id: whose fence every batch checks; ``None`` in an app without a worker.
+        renewal: called at each flush; a time to which the lease is to be renewed on the way, or ``None``.
+        on_stopped: called once when no further write is possible: the lease was lost, or the database is
+            beyond hope.
+
+    Attributes:
+        committed: the number of the last durable batch.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        worker_id: str | None,
+        renewal: Callable[[], int | None],
+        on_stopped: Callable[[DatabaseError], None],
+    ) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._renewal = renewal
+        self._on_stopped = on_stopped
+        self._loop = asyncio.get_running_loop()
+        self._open = Batch(1)
+        self._in_flight: Batch | None = None
+        self._is_scheduled = False
+        self._failures = 0
+        self._callbacks: list[Callable[[], None]] = []
+        self._flight_callbacks: list[Callable[[], None]] = []
+        self._starts: list[Start] = []
+        self._flight_starts: list[Start] = []
+        self._room: list[asyncio.Future[None]] = []
+        self._idle: list[asyncio.Future[None]] = []
+        self.committed = 0
+        self.stopped_by: DatabaseError | None = None
+
+    # -- handing rows over -------------------------------------------------------------------------
+
+    def record(self, recorder: Recorder, event: HistoryRow | None, state: StateRow | None = None) -> int:
+        """Queue rows of one instance; returns the ticket that :meth:`when_durable` takes."""
+        batch = self._open
+        if recorder.ticket != batch.number or recorder.party is None:
+            recorder.ticket = batch.number
+            recorder.party = Party(recorder)
+            batch.waiting.append(recorder.party)
+        if event is not None:
+            recorder.party.history.append(event)
+        if state is not None:
+            recorder.party.states.append(state)
+        batch.row_count += 1
+        self._schedule()
+        return batch.number
+
+    async def start(self, row: StartRow, is_keyed: bool, on_durable: Callable[[], None] | None = None) -> bool:
+        """Store a new instance; returns, once it is durable, whether it is new.
+
+        A caller that is cancelled meanwhile doesn't undo the start.
+
+        Raises:
+            DatabaseError: the database can't take it now; nothing was stored.
+        """
+        while self._open.row_count >= MAX_WAITING_ROWS and self.stopped_by is None:
+            waiter = self._loop.create_future()
+            self._room.append(waiter)
+            await waiter
+        self._check_open()
+        start = Start(row, is_keyed, on_durable)
+        party = Party(start)
+        (party.keyed_starts if is_keyed else party.starts).append(row)
+        self._open.waiting.append(party)
+        self._open.row_count += 1
+        self._starts.append(start)
+        self._schedule()
+        return await start.future
+
+    def when_durable(self, ticket: int, callback: Callable[[], None]) -> None:
+        """Call back once the batch with this number is durable (at once if it is)."""
+        if ticket <= self.committed:
+            callback()
+        elif ticket == self._open.number:
+            self._callbacks.append(callback)
+        else:
+            self._flight_callbacks.append(callback)
+
+    async def drained(self) -> None:
+        """Wait until all that was handed over is durable, or the writer has stopped."""
+        while self.stopped_by is None and (self._in_flight is not None or self._open.waiting):
+            waiter = self._loop.create_future()
+            self._idle.append(waiter)
+            await waiter
+
+    def stop(self, error: DatabaseError) -> None:
+        """Write nothing more; what waits is given up, and its waiters get the error."""
+        if self.stopped_by is not None:
+            return
+        self.stopped_by = error
+        for start in self._flight_starts + self._starts:
+            start.fail(error)
+        self._flight_starts, self._starts = [], []
+        self._callbacks, self._flight_callbacks = [], []
+        self._open.waiting.clear()
+        self._release(self._room)
+        self._release(self._idle)
+        self._on_stopped(error)
+
+    def _check_open(self) -> None:
+        if self.stopped_by is not None:
+            raise AppNotRunningError(f"nothing can be stored: {self.stopped_by}") from self.stopped_by
+
+    # -- flushing ----------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        # Not at once: the callbacks that are ready in this turn of the loop add their rows first.
+        if self._in_flight is None and not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._seal)
+
+    def _seal(self) -> None:
+        self._is_scheduled = False
+        if self._in_flight is not None or self.stopped_by is not None or not self._open.waiting:
+            return
+        batch = self._open
+        self._open = Batch(batch.number + 1)
+        self._in_flight = batch
+        self._flight_callbacks, self._callbacks = self._callbacks, []
+        self._flight_starts, self._starts = self._starts, []
+        self._send(batch)
+
+    def _send(self, batch: Batch) -> None:
+        if self.stopped_by is not None:
+            return
+        outcome = self._store.flush(batch, self._worker_id, self._renewal())
+        outcome.add_done_callback(lambda done: self._post(batch, done))
+
+    def _post(self, batch: Batch, done: Future[None]) -> None:
+        """From the store's thread back to the loop."""
+        try:
+            self._loop.call_soon_threadsafe(self._flushed, batch, done.exception())
+        except RuntimeError:
+            logger.debug("the event loop closed before a flush ended")
+
+    def _flushed(self, batch: Batch, error: BaseException | None) -> None:
+        if self.stopped_by is not None:
+            return
+        if error is not None:
+            self._retry_or_stop(batch, error)
+            return
+        self._failures = 0
+        self.committed = batch.number
+        refused = [party for party, _ in batch.refused]
+        for party, refusal in batch.refused:
+            party.member.on_refused(refusal)
+        if refused:
+            members = {id(party.member) for party in refused}
+            self._open.waiting = [party for party in self._open.waiting if id(party.member) not in members]
+        callbacks, starts = self._flight_callbacks, self._flight_starts
+        self._flight_callbacks, self._flight_starts = [], []
+        self._in_flight = None
+        # The next batch is on its way before this one's consequences are worked out.
+        self._seal()
+        for start in starts:
+            if start.future.done() and not start.future.cancelled():
+                continue
+            start.succeed(not start.is_keyed or start.row.instance_id in batch.inserted)
+        for callback in callbacks:
+            callback()
+        if self._open.row_count < MAX_WAITING_ROWS:
+            self._release(self._room)
+        if self._in_flight is None and not self._open.waiting:
+            self._release(self._idle)
+
+    def _retry_or_stop(self, batch: Batch, error: BaseException) -> None:
+        if not isinstance(error, DatabaseError):
+            logger.error("a flush failed in an unforeseen way", exc_info=error)
+            failure = DatabaseError(f"a flush failed in an unforeseen way: {error!r}")
+            failure.__cause__ = error
+            error = failure
+        if isinstance(error, FencedError | HOPELESS):
+            self.stop(error)
+            return
+        self._failures += 1
+        wait_s = min(0.01 * 2**self._failures, MAX_RETRY_WAIT_S)
+        logger.warning("a flush failed and is tried again in %.2f s: %s", wait_s, error)
+        self._fail_starts(batch, error)
+        self._loop.call_later(wait_s, self._send, batch)
+
+    def _fail_starts(self, batch: Batch, error: DatabaseError) -> None:
+        """Callers of start hear of the error now, and may try again; what the engine recorded waits."""
+        not_durable = {id(party.member) for party in batch.waiting}
+        durable = [start for start in self._flight_starts if id(start) not in not_durable]
+        lost = [start for start in self._flight_starts if id(start) in not_durable]
+        for start in lost + self._starts:
+            start.fail(error)
+        for waiting in (batch, self._open):
+            waiting.waiting = [party for party in waiting.waiting if not isinstance(party.member, Start)]
+        self._flight_starts, self._starts = durable, []
+
+    @staticmethod
+    def _release(waiters: list[asyncio.Future[None]]) -> None:
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        waiters.clear()
