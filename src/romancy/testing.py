@@ -42,7 +42,7 @@ class VirtualClock:
         ...     async with App(":memory:", clock=clock) as app:
         ...         handle = await app.start_workflow(remind, "user-1")
         ...         await clock.wait_for_sleeper()
-        ...         clock.advance(timedelta(days=7))
+        ...         await clock.advance(timedelta(days=7))
         ...         assert await handle.result(timeout=5) == "reminded"
     """
 
@@ -66,13 +66,22 @@ class VirtualClock:
             asyncio.get_running_loop().call_soon(self._jump, deadline_us)
         return wakeup
 
-    def advance(self, seconds: Seconds) -> None:
+    async def advance(self, seconds: Seconds) -> None:
         """Move time forward, firing what comes due on the way, in order.
 
         Args:
             seconds: how far, in seconds or as a ``timedelta``.
         """
-        self._jump(self._now_us + round(as_seconds(seconds, "seconds") * 1_000_000))
+        loop = asyncio.get_running_loop()
+        moved: asyncio.Future[None] = loop.create_future()
+
+        def move() -> None:
+            # In a plain callback: workflow code must not run inside a task's step.
+            self._jump(self._now_us + round(as_seconds(seconds, "seconds") * 1_000_000))
+            moved.set_result(None)
+
+        loop.call_soon(move)
+        await moved
 
     async def wait_for_sleeper(self) -> None:
         """Wait until something waits for this clock."""

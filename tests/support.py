@@ -1,0 +1,114 @@
+"""What several tests share: crashes on demand, and a look into a quiet app."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from romancy import App
+from romancy.errors import DatabaseError
+from romancy.storage.batch import Batch
+from romancy.storage.sqlite import SqliteStore
+
+RESULT_TIMEOUT_S = 20.0
+"""How long a test waits for what must come; never reached when all is well."""
+
+
+class CrashPlan:
+    """Stops the world at the ``at``-th flush, just before or just after its commit.
+
+    Attributes:
+        happened: set once it has.
+        flushes: how many flushes there were.
+    """
+
+    def __init__(self, at: int, when: Literal["before", "after"]) -> None:
+        self.at = at
+        self.when = when
+        self.flushes = 0
+        self.happened = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._real: Callable[..., Future[None]] = SqliteStore.flush
+
+    def flush(self, store: SqliteStore, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+        self.flushes += 1
+        if self.flushes < self.at:
+            return self._real(store, batch, worker_id, renew_until)
+        never: Future[None] = Future()
+        if self.flushes == self.at and self.when == "after":
+            self._real(store, batch, worker_id, renew_until).add_done_callback(lambda _: self._stop())
+        else:
+            self._stop()
+        return never
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self.happened.set)
+
+    @contextmanager
+    def armed(self) -> Iterator[CrashPlan]:
+        with pytest.MonkeyPatch.context() as patch:
+            plan = self
+
+            def flush(
+                store: SqliteStore, batch: Batch, worker_id: str | None, renew_until: int | None
+            ) -> Future[None]:
+                return plan.flush(store, batch, worker_id, renew_until)
+
+            patch.setattr(SqliteStore, "flush", flush)
+            yield self
+
+
+async def crash(app: App) -> None:
+    """End an app as a killed process would: nothing is written any more, nothing is handed back."""
+    worker = app._worker
+    app._process_id = None
+    assert worker is not None
+    worker._is_stopping = True
+    worker.writer.stop(DatabaseError("the test crashed this app"))
+    await worker.abandon()
+    worker_id = worker.worker_id
+    app._worker = None
+    for task in list(app._tasks):
+        task.cancel()
+    await app._queries.dispose()
+    await app._engines.dispose()
+    path = app._store.path
+    await asyncio.to_thread(app._store.close)
+    forget_process(path, worker_id)
+
+
+def forget_process(path: str | Path, worker_id: str) -> None:
+    """Let others see that the worker's process is gone; it is ours, so they could not tell."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE romancy_workers SET pid = 2147483646 WHERE worker_id = ?", (worker_id,))
+    connection.close()
+
+
+async def until_quiet(app: App, state: Callable[[], Any]) -> None:
+    """Wait until nothing moves any more but what the test itself holds back."""
+    calm = 0
+    seen: Any = None
+    while calm < 12:
+        worker = app._worker
+        if worker is not None:
+            await worker.writer.drained()
+        await asyncio.sleep(0)
+        now = (state(), worker and worker.writer.committed)
+        calm = calm + 1 if now == seen else 0
+        seen = now
+
+
+def rows(path: str | Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """What the database file holds, read by plain sqlite3."""
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(sql, parameters).fetchall()
+    finally:
+        connection.close()
