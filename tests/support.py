@@ -112,3 +112,14 @@ def rows(path: str | Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return connection.execute(sql, parameters).fetchall()
     finally:
         connection.close()
+
+
+async def until_live(app: App, instance_id: str) -> None:
+    """Wait until the app's worker has brought the instance to where its history ends."""
+    async with asyncio.timeout(RESULT_TIMEOUT_S):
+        while True:
+            worker = app._worker
+            instance = None if worker is None else worker._live.get(instance_id)
+            if instance is not None and not instance.is_replaying:
+                return
+            await asyncio.sleep(0)

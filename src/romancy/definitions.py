@@ -17,12 +17,14 @@ from types import CodeType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
-from romancy.errors import DefinitionError, DuplicateNameError
+from romancy.errors import ConfigurationError, DefinitionError, DuplicateNameError
 from romancy.retry import RetryPolicy, Seconds, as_seconds
 from romancy.serde import Signature
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+MAX_NAME = 200
 
 
 class WorkflowContextLike(Protocol):
@@ -98,9 +100,9 @@ class Activity(Generic[P, R]):
     ) -> None:
         self.fn = fn
         self.name = name
-        self.retry = retry
+        self.retry = _checked_retry(f"activity {name!r}", retry)
         self.transactional = transactional
-        self.timeout_s = None if timeout is None else as_seconds(timeout, "timeout")
+        self.timeout_s = _checked_timeout(timeout)
         self.is_async = inspect.iscoroutinefunction(fn)
         self.place = place_of(fn)
         self.signature = Signature(f"activity {name!r}", fn)
@@ -130,10 +132,12 @@ class Activity(Generic[P, R]):
         Example:
             ``await charge.options(id="charge-deposit", retry=RetryPolicy.no_retry())(order)``
         """
-        if id is not None and not id:
-            raise DefinitionError(f"{self.name}.options(id=''): an id must not be empty")
-        timeout_s = None if timeout is None else as_seconds(timeout, "timeout")
-        return BoundActivity(self, CallOptions(id, retry, timeout_s))
+        if id is not None and not _is_name(id):
+            raise DefinitionError(
+                f"{self.name}.options(id={id!r}): give a text of 1 to {MAX_NAME} characters without control characters"
+            )
+        retry = _checked_retry(f"{self.name}.options", retry)
+        return BoundActivity(self, CallOptions(id, retry, _checked_timeout(timeout)))
 
     def __repr__(self) -> str:
         return f"<activity {self.name!r} at {self.place}>"
@@ -245,6 +249,8 @@ class Catalogue:
         """A catalogue of just these workflows."""
         catalogue = cls()
         for definition in workflows:
+            if not isinstance(definition, Workflow):
+                raise DefinitionError(f"{definition!r} is no workflow: give functions that carry @workflow")
             catalogue.add_workflow(definition)
         return catalogue
 
@@ -419,8 +425,32 @@ def _check_function(function: Any, kind: str) -> None:
 
 def _checked_name(name: str | None, function: Callable[..., Any]) -> str:
     chosen = function.__name__ if name is None else name
-    if not chosen or len(chosen) > 200 or any(ord(char) < 32 for char in chosen):
-        raise DefinitionError(f"{chosen!r} is no name: give 1 to 200 characters without control characters")
+    if not _is_name(chosen):
+        raise DefinitionError(f"{chosen!r} is no name: give 1 to {MAX_NAME} characters without control characters")
     return chosen
+
+
+def _is_name(text: Any) -> bool:
+    """Whether the database can hold it as a name or an id."""
+    return (
+        isinstance(text, str)
+        and 1 <= len(text) <= MAX_NAME
+        and not any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in text)
+    )
+
+
+def _checked_retry(owner: str, retry: RetryPolicy | None) -> RetryPolicy | None:
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise DefinitionError(f"{owner}: retry={retry!r} is no RetryPolicy; for one attempt give RetryPolicy.no_retry()")
+    return retry
+
+
+def _checked_timeout(timeout: Seconds | None) -> float | None:
+    if timeout is None:
+        return None
+    timeout_s = as_seconds(timeout, "timeout")
+    if not timeout_s:
+        raise ConfigurationError(f"timeout={timeout!r} leaves no time at all: give more than 0 seconds, or None")
+    return timeout_s
 
 

@@ -77,6 +77,14 @@ class TerminalError(RomancyError):
     """
 
 
+def text_of(error: BaseException) -> str:
+    """The exception's text, also when its ``__str__`` raises."""
+    try:
+        return str(error)
+    except Exception as second:  # noqa: BLE001  (whatever a user's __str__ does)
+        return f"<its text can't be read: {type(second).__name__}>"
+
+
 class RetryExhaustedError(RomancyError):
     """An activity failed for good: its retry policy allows no further attempt.
 
@@ -93,7 +101,7 @@ class RetryExhaustedError(RomancyError):
         plural = "attempt" if attempts == 1 else "attempts"
         super().__init__(
             f"activity {activity_id} failed after {attempts} {plural}: "
-            f"{type(last_error).__name__}: {last_error}. Catch this error in the workflow, "
+            f"{type(last_error).__name__}: {text_of(last_error)}. Catch this error in the workflow, "
             f"or give the activity another RetryPolicy"
         )
         self.__cause__ = last_error

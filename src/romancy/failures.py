@@ -1,23 +1,42 @@
 """Exceptions to JSON text and back, so that live and replay raise the same type with the same data.
 
-Stored are the class's name, ``args``, attributes and the cause, each as far as it is plain JSON. An exception
-comes back as its own class when that class is importable from a module that is already loaded (nothing is
-imported because of what the database says); else as ``RecordedError``, which keeps the name.
+Stored are the class's name, ``args``, attributes, the cause and a group's members. What is no plain JSON there is
+kept as its text. An exception comes back as its own class when that class is found in a module that is already
+loaded (nothing is imported because of what the database says); else as ``RecordedError``, which keeps the name.
 """
 
 from __future__ import annotations
 
+import base64
 import builtins
+import contextlib
+import dataclasses
 import sys
 import traceback
 from typing import Any
 
-from romancy.errors import RetryExhaustedError, RomancyError, SerializationError
+from romancy.errors import (
+    RetryExhaustedError,
+    RomancyError,
+    SerializationError,
+    WorkflowFailedError,
+    WorkflowSuspendedError,
+    text_of,
+)
 from romancy.model import ErrorInfo
 from romancy.serde import PlainCodec, dump_plain, load_json
 
 _MAX_TEXT = 8_000
 _MAX_CAUSES = 8
+_MAX_MEMBERS = 32
+_BUILTIN_FIELDS: tuple[tuple[type[BaseException], tuple[str, ...]], ...] = (
+    (OSError, ("filename", "filename2")),
+    (ImportError, ("name", "path")),
+    (NameError, ("name",)),
+    (AttributeError, ("name",)),
+)
+"""What builtin exceptions keep beside ``args`` and ``__dict__``."""
+_WITH_INFO = (WorkflowFailedError, WorkflowSuspendedError)
 _plain = PlainCodec()
 
 
@@ -57,11 +76,7 @@ def _type_name(kind: type[BaseException]) -> str:
 
 
 def _message(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception as second:
-        text = f"<its text can't be read: {type(second).__name__}>"
-    return _storable(text)
+    return _storable(text_of(error))
 
 
 def _storable(text: str) -> str:
@@ -81,13 +96,20 @@ def _record(error: BaseException, causes: int) -> dict[str, Any]:
         "message": _message(error),
         "args": [_plain_or_text(value) for value in error.args],
     }
+    in_base64 = [n for n, value in enumerate(error.args) if type(value) is bytes and len(value) <= _MAX_TEXT]
+    if in_base64:
+        data["args"] = [
+            base64.b64encode(value).decode() if n in in_base64 else data["args"][n]
+            for n, value in enumerate(error.args)
+        ]
+        data["bytes"] = in_base64
     if isinstance(error, RetryExhaustedError):
         data["attrs"] = {"activity_id": error.activity_id, "attempts": error.attempts}
-    else:
-        attrs = {name: _plain_value(value) for name, value in vars(error).items() if name != "__notes__"}
-        kept = {name: value for name, value in attrs.items() if value is not _NOT_PLAIN}
-        if kept:
-            data["attrs"] = kept
+    elif attrs := _attributes(error):
+        data["attrs"] = attrs
+    if isinstance(error, BaseExceptionGroup) and causes:
+        data["message"] = _storable(error.message)
+        data["members"] = [_record(member, causes - 1) for member in error.exceptions[:_MAX_MEMBERS]]
     trace = _trace(error)
     if trace:
         data["traceback"] = trace
@@ -96,10 +118,20 @@ def _record(error: BaseException, causes: int) -> dict[str, Any]:
     return data
 
 
+def _attributes(error: BaseException) -> dict[str, Any]:
+    found = {name: value for name, value in vars(error).items() if name.isidentifier() and name != "__notes__"}
+    for kind, names in _BUILTIN_FIELDS:
+        if isinstance(error, kind):
+            found |= {name: value for name in names if (value := getattr(error, name, None)) is not None}
+    return {name: _plain_or_text(value) for name, value in found.items()}
+
+
 _NOT_PLAIN = object()
 
 
 def _plain_value(value: Any) -> Any:
+    if isinstance(value, ErrorInfo):
+        value = dataclasses.asdict(value)
     try:
         text, copy = _plain.encode(value)
     except (TypeError, ValueError, SerializationError, RecursionError):
@@ -132,15 +164,35 @@ def _instantiate(data: dict[str, Any], cause: BaseException | None) -> BaseExcep
     attrs = data.get("attrs", {})
     if kind is RetryExhaustedError and cause is not None:
         return RetryExhaustedError(attrs["activity_id"], attrs["attempts"], cause)
-    arguments = data["args"]
     try:
-        # Not kind(*arguments): a user's __init__ may want other arguments than it handed to Exception.
-        error = kind.__new__(kind, *arguments)
-        error.args = tuple(arguments)
+        error = _make(kind, data)
         for name, value in attrs.items():
-            setattr(error, name, value)
+            setattr(error, name, _info(value) if name == "error" and issubclass(kind, _WITH_INFO) else value)
     except Exception:
         return RecordedError(f"{data['type']}: {data['message']}")
+    return error
+
+
+def _info(value: Any) -> Any:
+    return ErrorInfo(**value) if isinstance(value, dict) else value
+
+
+def _make(kind: type[BaseException], data: dict[str, Any]) -> BaseException:
+    """A new exception of this class, by the builtin class that it derives from.
+
+    Not ``kind(*args)``: a user's ``__init__`` may want other arguments than it handed to ``Exception``.
+    """
+    if "members" in data:
+        members = [_rebuild(member) for member in data["members"]]
+        return kind.__new__(kind, data["message"], members)
+    in_base64 = data.get("bytes", ())
+    arguments = [base64.b64decode(value) if n in in_base64 else value for n, value in enumerate(data["args"])]
+    base: type[BaseException] = next(parent for parent in kind.__mro__ if parent.__module__ == "builtins")
+    error = base.__new__(kind, *arguments)
+    # An argument that was kept as its text may not fit; the class and the arguments come back all the same.
+    with contextlib.suppress(Exception):
+        base.__init__(error, *arguments)
+    error.args = tuple(arguments)
     return error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import timedelta
 from random import Random
@@ -10,18 +11,32 @@ from romancy.errors import ConfigurationError, SerializationError, TerminalError
 
 Seconds = float | timedelta
 
+LONGEST_S = 100 * 365 * 86_400
+"""No duration is longer: a time further off could not be stored, nor shown as a date."""
+
 
 def as_seconds(value: Seconds, name: str) -> float:
     """A duration in seconds, from a number or a ``timedelta``.
 
     Raises:
-        ConfigurationError: it is negative, or not a duration.
+        ConfigurationError: it is negative, endless, or not a duration.
     """
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ConfigurationError(f"{name}={value!r} is not a duration: give seconds >= 0 or a timedelta")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_S:
+        raise ConfigurationError(
+            f"{name}={value!r} is not a duration: give seconds from 0 to {LONGEST_S:,} (100 years), or a timedelta"
+        )
     return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_types(name: str, types: object) -> None:
+    if not isinstance(types, tuple) or not all(isinstance(t, type) and issubclass(t, BaseException) for t in types):
+        raise ConfigurationError(f"{name}={types!r}: give a tuple of exception types, such as (ConnectionError,)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +75,12 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 0:
             raise ConfigurationError(f"max_attempts={self.max_attempts!r}: give a whole number, 0 for no limit")
-        if not self.multiplier >= 1:
+        if not _is_number(self.multiplier) or not 1 <= self.multiplier < math.inf:
             raise ConfigurationError(f"multiplier={self.multiplier!r}: give a number of at least 1")
-        if not 0 <= self.jitter <= 1:
+        if not _is_number(self.jitter) or not 0 <= self.jitter <= 1:
             raise ConfigurationError(f"jitter={self.jitter!r}: give a fraction between 0 and 1")
+        _check_types("retry_on", self.retry_on)
+        _check_types("dont_retry_on", self.dont_retry_on)
         put = object.__setattr__
         put(self, "_initial_s", as_seconds(self.initial_interval, "initial_interval"))
         put(self, "_max_s", as_seconds(self.max_interval, "max_interval"))
@@ -95,10 +112,10 @@ class RetryPolicy:
         try:
             wait = min(self._initial_s * self.multiplier ** (attempt - 1), self._max_s)
         except OverflowError:
-            wait = self._max_s
+            wait = self._max_s if self._initial_s else 0.0
         if self.jitter and random is not None:
             wait *= 1 + self.jitter * (2 * random.random() - 1)
-        return wait
+        return min(wait, self._max_s)
 
     def schedule(self) -> tuple[float, ...]:
         """All waits of a policy with an end, without jitter."""

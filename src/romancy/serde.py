@@ -11,6 +11,7 @@ import collections.abc
 import dataclasses
 import inspect
 import json
+import math
 import sys
 import types
 import typing
@@ -115,10 +116,13 @@ class AdapterCodec:
         from pydantic_core import SchemaSerializer, SchemaValidator  # noqa: PLC0415
 
         self._adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        # A model with defer_build, or with names that its module defines later, has no schema before this.
+        self._adapter.rebuild()
         options: Any = dict(_JSON_OPTIONS)
         schema = _with_json_options(self._adapter.core_schema)
-        self._serializer = SchemaSerializer(schema, options)
-        self._validator = SchemaValidator(schema, options)
+        # Prebuilt ones would be the model's own, which know nothing of these options.
+        self._serializer = SchemaSerializer(schema, options, _use_prebuilt=False)
+        self._validator = SchemaValidator(schema, options, _use_prebuilt=False)
 
     def encode(self, value: Any) -> tuple[str, Any]:
         try:
@@ -144,6 +148,8 @@ def _with_json_options(schema: Any) -> Any:
     """
     match schema:
         case dict():
+            if schema.get("type") == "union":
+                _refuse_text_beside_bytes(schema["choices"])
             copy = {key: _with_json_options(part) for key, part in schema.items()}
             if schema.get("type") in _OWN_CONFIG:
                 copy["config"] = {**_JSON_OPTIONS, **(schema.get("config") or {})}
@@ -154,6 +160,13 @@ def _with_json_options(schema: Any) -> Any:
             return tuple(_with_json_options(part) for part in schema)
         case _:
             return schema
+
+
+def _refuse_text_beside_bytes(choices: Sequence[Any]) -> None:
+    """Bytes are stored as base64: beside ``str``, the text "abcd" would come back as three bytes."""
+    kinds = {choice["type"] for choice in choices if isinstance(choice, dict)}
+    if {"str", "bytes"} <= kinds:
+        raise TypeError("str and bytes in one union can't be told apart in JSON; choose one of them")
 
 
 class ScalarCodec:
@@ -170,7 +183,8 @@ class ScalarCodec:
         if kind is self._annotation:
             if kind is str:
                 return check_text(encode_basestring(value)), value
-            return dump_plain(value), value
+            if kind is not float or math.isfinite(value):
+                return dump_plain(value), value
         return self._adapter().encode(value)
 
     def decode(self, text: str) -> Any:
@@ -208,6 +222,9 @@ class MsgspecCodec:
 
     def encode(self, value: Any) -> tuple[str, Any]:
         text: str = self._msgspec.json.encode(value).decode()
+        if "null" in text:
+            # msgspec writes NaN and the infinities as null, which would come back as None: refuse them.
+            dump_plain(self._msgspec.to_builtins(value, str_keys=True))
         return text, self.decode(text)
 
     def decode(self, text: str) -> Any:
@@ -346,6 +363,10 @@ class Signature:
         self._parameters = list(inspect.signature(fn).parameters.values())[skip:]
         self._signature = inspect.Signature(self._parameters)
         self._simple = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._parameters)
+        self._is_single = len(self._parameters) == 1 and self._parameters[0].kind not in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
         self._codecs: list[tuple[str, str, Codec]] | None = None
         self._result: Codec | None = None
         self._object_shaped = False
@@ -374,7 +395,7 @@ class Signature:
                 hint = dict if hint is MISSING else dict[str, hint]
             codecs.append((parameter.name, encode_basestring(parameter.name) + ":", self._codec(hint, parameter.name)))
         self._result = self._codec(hints.get("return", MISSING), "its result")
-        if len(self._parameters) == 1:
+        if self._is_single:
             self._object_shaped = is_object_shaped(hints.get(self._parameters[0].name, MISSING))
         self._codecs = codecs
 
@@ -422,8 +443,10 @@ class Signature:
             if name not in bound.arguments:
                 continue
             value = bound.arguments[name]
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+                value = list(value)
             try:
-                text, copy = codec.encode(list(value) if isinstance(value, tuple) else value)
+                text, copy = codec.encode(value)
             except Exception as error:
                 raise self._argument_error(name, value, error) from error
             bound.arguments[name] = copy
@@ -438,13 +461,23 @@ class Signature:
         """
         keyed = self.encode_arguments(args, kwargs).text
         assert self._codecs is not None
-        if len(self._parameters) != 1 or keyed == "{}":
+        if not self._is_single:
             return keyed
-        name, key, _ = self._codecs[0]
+        name, key, codec = self._codecs[0]
+        if keyed == "{}":
+            # Left to its default. An object as such reads like an empty one, so that the default must be stored.
+            return self._default_text(name, codec) if self._object_shaped else keyed
         bare = keyed[len(key) + 1 : -1]
-        if self._object_shaped or (bare.startswith("{") and not _has_single_key(bare, name)):
+        if self._object_shaped or (bare.startswith("{") and bare != "{}" and not _has_single_key(bare, name)):
             return bare
         return keyed
+
+    def _default_text(self, name: str, codec: Codec) -> str:
+        default = self._parameters[0].default
+        try:
+            return codec.encode(default)[0]
+        except Exception as error:
+            raise self._argument_error(name, default, error) from error
 
     def decode_input(self, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that a stored input stands for.
@@ -455,10 +488,12 @@ class Signature:
         if self._codecs is None:
             self.resolve()
         assert self._codecs is not None
-        if len(self._parameters) == 1:
+        if self._is_single:
             name, _, codec = self._codecs[0]
             if self._object_shaped or not (text == "{}" or _has_single_key(text, name)):
-                return (self._decode(codec, text, f"input {name!r}"),), {}
+                value = self._decode(codec, text, f"input {name!r}")
+                is_keyword = self._parameters[0].kind is inspect.Parameter.KEYWORD_ONLY
+                return ((), {name: value}) if is_keyword else ((value,), {})
         return self._decode_keyed(text)
 
     def _decode_keyed(self, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -369,10 +369,11 @@ class LiveInstance(Recorder):
         return operation.options.retry or operation.activity.retry or self._host.default_retry
 
     def on_attempt_dropped(self, operation: ActivityOperation) -> None:
-        """An attempt ended without an outcome: the workflow gave it up."""
+        """An attempt ended without an outcome: the workflow gave it up, or the instance has left."""
         self._attempt_over(operation)
-        self._open_activities.pop(operation.id, None)
         if not self.is_gone:
+            assert operation.is_abandoned
+            self._open_activities.pop(operation.id, None)
             self._settle()
 
     def on_completed(self, operation: ActivityOperation, text: str, value: Any) -> None:

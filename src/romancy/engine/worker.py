@@ -165,9 +165,9 @@ class Worker:
         await self._end_tasks()
         await self._runner.finish(grace_s)
         await self.writer.drained()
-        await self._stop_running()
-        await self.writer.drained()
+        # Instances leave before their activities are cut off, or they would take the cut for an outcome.
         self._drop_all()
+        await self._stop_running()
         if self.writer.stopped_by is None:
             await _done(self._store.leave(self.worker_id, self.clock.now_us()))
         self._is_stopped = True

@@ -37,7 +37,12 @@ def parse_address(database: str | os.PathLike[str]) -> SqliteAddress:
     Raises:
         DatabaseURLError: it is neither, or names a database that this version does not support.
     """
-    text = os.fspath(database)
+    try:
+        text = os.fspath(database)
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        raise DatabaseURLError(f"the database {database!r} is of type {type(database).__name__}: give {_SQLITE_FORMS}")
     if not text or not text.strip():
         raise DatabaseURLError(f"the database is empty: give {_SQLITE_FORMS}")
     if "\0" in text:
@@ -62,7 +67,10 @@ def parse_address(database: str | os.PathLike[str]) -> SqliteAddress:
 
 
 def _file(path: str) -> SqliteAddress:
-    absolute = Path(path).expanduser().absolute()
+    try:
+        absolute = Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise DatabaseURLError(f"the folder at the beginning of {path!r} is unknown: {error}") from None
     if absolute.is_dir():
         raise DatabaseURLError(f"{path!r} is a folder: name a file in it, such as {str(absolute / 'romancy.db')!r}")
     return SqliteAddress(str(absolute))

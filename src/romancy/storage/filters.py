@@ -24,6 +24,10 @@ def contains(column: ColumnElement[str], part: str) -> ColumnElement[bool]:
     """Whether the column holds this text, ASCII case ignored; ``%`` and ``_`` are just characters."""
     if not isinstance(part, str):
         raise InvalidFilterError(f"{part!r} is no text to look for: give a string")
+    try:
+        part.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidFilterError(f"{part!r} is no valid text to look for: {error}") from None
     return func.instr(func.lower(column), ascii_lower(part)) > 0
 
 
@@ -59,7 +63,9 @@ def _at(json_path: str, path: str, value: JsonScalar) -> ColumnElement[bool]:
             value.encode()
         except UnicodeEncodeError as error:
             raise InvalidFilterError(f"the value {value!r} of path {path!r} is no valid text: {error}") from None
-        return and_(kind == "text", found == literal(value))
+        if "\0" in value:
+            raise InvalidFilterError(f"the value {value!r} of path {path!r} holds a NUL character: leave it out")
+        return and_(kind == "text", found == literal(value), *_is_whole(json_path, value))
     if isinstance(value, int | float):
         if not math.isfinite(value) or (isinstance(value, int) and not -(2**63) <= value < 2**63):
             raise InvalidFilterError(f"the value {value!r} of path {path!r} is out of range: give a finite 64-bit number")
@@ -70,13 +76,24 @@ def _at(json_path: str, path: str, value: JsonScalar) -> ColumnElement[bool]:
     )
 
 
+def _is_whole(json_path: str, value: str) -> list[ColumnElement[bool]]:
+    """Older SQLite cuts an extracted text off at an escaped NUL: then the JSON text shows that there is more."""
+    escaped = "\\u0000"
+    if escaped in value:
+        return []
+    as_json = func.json_extract(instances.c.input, json_path, json_path)
+    return [func.instr(as_json, escaped) == 0]
+
+
 def json_paths(path: str) -> list[str]:
     """The JSON paths that a dotted path may mean: a part of digits is a list index, or a key.
 
     Raises:
         InvalidFilterError: it is empty, has an empty part, or characters that no path can hold.
     """
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str):
+        raise InvalidFilterError(f"the path {path!r} is of type {type(path).__name__}: give keys joined by dots")
+    if not path:
         raise InvalidFilterError(f"the path {path!r} is empty: give keys joined by dots, such as 'order.id'")
     parts = path.split(".")
     if any(not part for part in parts):

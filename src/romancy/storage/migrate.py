@@ -6,12 +6,14 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy import create_engine
+from sqlalchemy import URL, create_engine
 from sqlalchemy.dialects import sqlite as sqlite_dialect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from romancy.errors import SchemaError
+from romancy.storage.failures import database_error
 from romancy.storage.schema import SCHEMA_VERSION, VERSION_TABLE, metadata
 
 
@@ -21,7 +23,9 @@ def schema_version(connection: sqlite3.Connection) -> str | None:
     if connection.execute(sql, (VERSION_TABLE,)).fetchone() is None:
         return None
     row = connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
-    return None if row is None else str(row[0])
+    if row is None:
+        raise SchemaError(f"the table {VERSION_TABLE} is empty, so the version of Romancy's tables is unknown: restore it")
+    return str(row[0])
 
 
 def ensure_schema(path: str, connect: Callable[[], sqlite3.Connection], *, migrate: bool) -> str | None:
@@ -82,10 +86,11 @@ def upgrade(path: str) -> None:
     """Run the numbered migrations that are missing, in one transaction that holds the write lock."""
     from alembic import command  # noqa: PLC0415  (only an outdated database needs it)
     from alembic.config import Config  # noqa: PLC0415
+    from alembic.util.exc import CommandError  # noqa: PLC0415
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
+    engine = create_engine(URL.create("sqlite", database=path), poolclass=NullPool)
     try:
         with engine.connect() as connection:
             driver = connection.connection.driver_connection
@@ -95,5 +100,9 @@ def upgrade(path: str) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.exec_driver_sql("COMMIT")
+    except CommandError as error:
+        raise SchemaError(f"database {path}: its tables can't be brought up to date: {error}") from error
+    except DBAPIError as error:
+        raise database_error(error, path) from error
     finally:
         engine.dispose()

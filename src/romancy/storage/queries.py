@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, and_, event, or_, select
+from sqlalchemy import URL, ColumnElement, Row, Select, and_, event, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from romancy.errors import InvalidFilterError, InvalidPageTokenError
@@ -58,7 +58,7 @@ class Queries:
     def __init__(self, path: str, name: str) -> None:
         self._name = name
         self._engine: AsyncEngine = create_async_engine(
-            f"sqlite+aiosqlite:///{path}", isolation_level="AUTOCOMMIT", pool_size=2, max_overflow=8
+            URL.create("sqlite+aiosqlite", database=path), isolation_level="AUTOCOMMIT", pool_size=2, max_overflow=8
         )
 
         @event.listens_for(self._engine.sync_engine, "connect")
@@ -118,7 +118,15 @@ class Queries:
             conditions.append(instances.c.created_at < _time("started_before", started_before))
         if input_filters is not None:
             conditions.append(input_matches(input_filters))
-        query = _query_digest(workflow_name, status, instance_id, started_after, started_before, input_filters)
+        # Equal queries, however they are written, share their page tokens.
+        query = _query_digest(
+            workflow_name,
+            None if status is None else _status(status).value,
+            instance_id,
+            None if started_after is None else to_micros(started_after),
+            None if started_before is None else to_micros(started_before),
+            input_filters,
+        )
         if page_token is not None:
             conditions.append(_after(page_token, query))
         statement = (
