@@ -56,9 +56,7 @@ class CrashPlan:
         with pytest.MonkeyPatch.context() as patch:
             plan = self
 
-            def flush(
-                store: SqliteStore, batch: Batch, worker_id: str | None, renew_until: int | None
-            ) -> Future[None]:
+            def flush(store: SqliteStore, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
                 return plan.flush(store, batch, worker_id, renew_until)
 
             patch.setattr(SqliteStore, "flush", flush)
@@ -77,6 +75,9 @@ async def crash(app: App) -> None:
     app._worker = None
     for task in list(app._tasks):
         task.cancel()
+    if app._poller is not None:
+        app._poll_wanted.set()
+        await app._poller
     await app._queries.dispose()
     await app._engines.dispose()
     path = app._store.path

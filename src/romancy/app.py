@@ -191,6 +191,7 @@ class App:
         self._known: dict[str, Workflow[..., Any]] = {}
         self._worker: Worker | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._poller: asyncio.Task[None] | None = None
         self._store: SqliteStore
         self._engines: SessionEngines
         self._queries: Queries
@@ -226,7 +227,7 @@ class App:
         except BaseException:
             await self._close()
             raise
-        self._spawn(self._poll_outcomes())
+        self._poller = asyncio.get_running_loop().create_task(self._poll_outcomes(), name="romancy-outcomes")
 
     async def shutdown(self) -> None:
         """Stop in good order: no new work, running activities may end, the rest goes back for others at once."""
@@ -263,8 +264,13 @@ class App:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
+        if self._poller is not None:
+            # Not cancelled: a query cut off in the middle would leave its connection's thread behind.
+            self._poll_wanted.set()
+            tasks.append(self._poller)
         if tasks:
             await asyncio.wait(tasks)
+        self._poller = None
         self._outcomes.fail_all(stopped)
         await self._queries.dispose()
         await self._engines.dispose()
@@ -409,7 +415,8 @@ class App:
             )
         if not isinstance(workflow, str) and known is not workflow:
             raise UnknownWorkflowError(
-                f"this app has another workflow named {name!r}, defined at {known.place}, not the one of {workflow.place}"
+                f"this app has another workflow named {name!r}, defined at {known.place}, "
+                f"not the one of {workflow.place}"
             )
         return known
 
@@ -434,9 +441,7 @@ class App:
     async def get_handle(self, instance_id: str, workflow: Workflow[..., R]) -> WorkflowHandle[R]: ...
     @overload
     async def get_handle(self, instance_id: str) -> WorkflowHandle[Any]: ...
-    async def get_handle(
-        self, instance_id: str, workflow: Workflow[..., Any] | None = None
-    ) -> WorkflowHandle[Any]:
+    async def get_handle(self, instance_id: str, workflow: Workflow[..., Any] | None = None) -> WorkflowHandle[Any]:
         """A handle of an instance that was started before, here or elsewhere.
 
         Args:
@@ -519,7 +524,11 @@ class App:
         """
         self._check_running()
         return await self._queries.list_instances(
-            input_filters=filters, workflow_name=workflow_name, status=status, limit=limit, page_token=page_token
+            input_filters=filters,
+            workflow_name=workflow_name,
+            status=status,
+            limit=limit,
+            page_token=page_token,
         )
 
     async def iter_instances(
@@ -604,7 +613,7 @@ class App:
 
     async def _poll_outcomes(self) -> None:
         """Look for the ends of instances that run elsewhere, or ended before somebody asked."""
-        while True:
+        while self._process_id is not None:
             has_waiters = bool(self._outcomes.awaited())
             try:
                 async with asyncio.timeout(OUTCOME_POLL_S if has_waiters else None):
@@ -614,13 +623,12 @@ class App:
             self._poll_wanted.clear()
             worker = self._worker
             ids = [key for key in self._outcomes.awaited() if worker is None or not worker.is_live(key)]
-            if not ids:
+            if not ids or self._process_id is None:
                 continue
             try:
                 states = await self._queries.get_outcomes(ids)
             except DatabaseError as error:
                 logger.warning("results can't be read now: %s", error)
-                await asyncio.sleep(OUTCOME_POLL_S)
             else:
                 for state in states:
                     self._outcomes.settle(state)

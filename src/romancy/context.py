@@ -129,7 +129,16 @@ class ActivityContext:
         attempt: the number of this attempt, from 1.
     """
 
-    __slots__ = ("_engines", "_is_async", "_transaction", "activity_id", "attempt", "instance_id", "run", "workflow_name")
+    __slots__ = (
+        "_engines",
+        "_is_async",
+        "_transaction",
+        "activity_id",
+        "attempt",
+        "instance_id",
+        "run",
+        "workflow_name",
+    )
 
     def __init__(
         self,

@@ -53,7 +53,11 @@ class WorkflowHost(Protocol):
     """What a running workflow's event loop offers to activity calls."""
 
     def call_activity(
-        self, activity: Activity[..., Any], options: CallOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        activity: Activity[..., Any],
+        options: CallOptions,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Coroutine[Any, Any, Any]:
         """A coroutine that asks for the activity and waits for its outcome."""
         ...
@@ -166,7 +170,12 @@ class Workflow(Generic[P, R]):
     """
 
     def __init__(
-        self, fn: Callable[..., Coroutine[Any, Any, R]], name: str, *, event_handler: bool, compare_inputs: bool
+        self,
+        fn: Callable[..., Coroutine[Any, Any, R]],
+        name: str,
+        *,
+        event_handler: bool,
+        compare_inputs: bool,
     ) -> None:
         self.fn = fn
         self.name = name
@@ -328,7 +337,7 @@ def activity(
 
     def define(function: Callable[..., Any]) -> Activity[..., Any]:
         _check_function(function, "activity")
-        definition = Activity(
+        definition: Activity[..., Any] = Activity(
             function, _checked_name(name, function), retry=retry, transactional=transactional, timeout=timeout
         )
         catalogue.add_activity(definition)
@@ -398,7 +407,10 @@ def workflow(
                 f"workflow {function.__name__!r} at {place_of(function)} must take ctx: WorkflowContext first"
             )
         definition: Workflow[..., Any] = Workflow(
-            function, _checked_name(name, function), event_handler=event_handler, compare_inputs=compare_inputs
+            function,
+            _checked_name(name, function),
+            event_handler=event_handler,
+            compare_inputs=compare_inputs,
         )
         catalogue.add_workflow(definition)
         return definition
@@ -441,7 +453,9 @@ def _is_name(text: Any) -> bool:
 
 def _checked_retry(owner: str, retry: RetryPolicy | None) -> RetryPolicy | None:
     if retry is not None and not isinstance(retry, RetryPolicy):
-        raise DefinitionError(f"{owner}: retry={retry!r} is no RetryPolicy; for one attempt give RetryPolicy.no_retry()")
+        raise DefinitionError(
+            f"{owner}: retry={retry!r} is no RetryPolicy; for one attempt give RetryPolicy.no_retry()"
+        )
     return retry
 
 
@@ -452,5 +466,3 @@ def _checked_timeout(timeout: Seconds | None) -> float | None:
     if not timeout_s:
         raise ConfigurationError(f"timeout={timeout!r} leaves no time at all: give more than 0 seconds, or None")
     return timeout_s
-
-

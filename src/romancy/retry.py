@@ -123,7 +123,7 @@ class RetryPolicy:
 
     def allows_retry_of(self, error: BaseException) -> bool:
         """Whether an error of this type may be tried again at all."""
-        if isinstance(error, TerminalError | SerializationError) or isinstance(error, self.dont_retry_on):
+        if isinstance(error, (TerminalError, SerializationError, *self.dont_retry_on)):
             return False
         return isinstance(error, self.retry_on)
 

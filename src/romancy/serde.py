@@ -286,7 +286,8 @@ def is_struct(annotation: Any) -> bool:
 
 def _msgspec_takes(annotation: Any) -> bool:
     try:
-        sys.modules["msgspec"].json.Decoder(annotation)
+        # A decoder would take any class and leave it to hooks; a schema shows what is really known.
+        sys.modules["msgspec"].json.schema(annotation)
     except Exception:
         return False
     return True
@@ -315,7 +316,7 @@ def _with_own_typed_dicts(annotation: Any) -> Any:
     if changed == arguments:
         return annotation
     if isinstance(annotation, types.UnionType):
-        return typing.Union[changed]
+        return typing.Union[changed]  # noqa: UP007  (made of values)
     return annotation.copy_with(changed) if hasattr(annotation, "copy_with") else origin[changed]
 
 
@@ -330,9 +331,7 @@ def is_object_shaped(annotation: Any) -> bool:
         return True
     pydantic = sys.modules.get("pydantic")
     return (
-        pydantic is not None
-        and issubclass(origin, pydantic.BaseModel)
-        and not issubclass(origin, pydantic.RootModel)
+        pydantic is not None and issubclass(origin, pydantic.BaseModel) and not issubclass(origin, pydantic.RootModel)
     )
 
 
@@ -390,9 +389,9 @@ class Signature:
         for parameter in self._parameters:
             hint = hints.get(parameter.name, MISSING)
             if parameter.kind is parameter.VAR_POSITIONAL:
-                hint = list if hint is MISSING else list[hint]
+                hint = list if hint is MISSING else types.GenericAlias(list, (hint,))
             elif parameter.kind is parameter.VAR_KEYWORD:
-                hint = dict if hint is MISSING else dict[str, hint]
+                hint = dict if hint is MISSING else types.GenericAlias(dict, (str, hint))
             codecs.append((parameter.name, encode_basestring(parameter.name) + ":", self._codec(hint, parameter.name)))
         self._result = self._codec(hints.get("return", MISSING), "its result")
         if self._is_single:
@@ -502,7 +501,9 @@ class Signature:
         except ValueError as error:
             raise SerializationError(f"{self.owner}: the stored input is no JSON: {error}") from error
         if not isinstance(stored, dict):
-            raise SerializationError(f"{self.owner}: the input must be an object keyed by parameter name, not {text[:80]}")
+            raise SerializationError(
+                f"{self.owner}: the input must be an object keyed by parameter name, not {text[:80]}"
+            )
         bound = self._signature.bind_partial()
         assert self._codecs is not None
         for name, _, codec in self._codecs:

@@ -221,7 +221,7 @@ async def test_except_exception_in_workflow_code_does_not_swallow_the_mismatch(d
         while True:
             try:
                 return await renamed(ctx, acts)
-            except Exception:  # noqa: S112
+            except Exception:
                 continue
 
     await run_until_last_then_crash(database, old)

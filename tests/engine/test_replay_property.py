@@ -172,7 +172,8 @@ async def play(
                 break
             await crash(app)
     history = rows(
-        path, "SELECT kind, operation_id, name, position, attempt, at, result FROM romancy_history ORDER BY seq"
+        path,
+        "SELECT kind, operation_id, name, position, attempt, at, result FROM romancy_history ORDER BY seq",
     )
     return done, history, traces
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ async def test_default_schedule_waits_1_2_4_8_seconds_then_gives_up(database: Pa
         handle = await app.start_workflow(flow)
         assert await handle.result(RESULT_TIMEOUT_S) == ("fails:1", 5, "ConnectionError('down')")
         kinds = [event.kind for event in await app.get_history(handle.instance_id)]
-    assert [(b - a) / 1e6 for a, b in zip(times, times[1:], strict=False)] == [1, 2, 4, 8]
+    assert [(b - a) / 1e6 for a, b in pairwise(times)] == [1, 2, 4, 8]
     assert kinds == [HistoryKind.ACTIVITY_RETRY_SCHEDULED] * 4 + [HistoryKind.ACTIVITY_FAILED]
 
 

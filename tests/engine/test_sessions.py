@@ -210,7 +210,9 @@ async def test_two_sessions_at_a_time_wait_in_line(ledger: Path) -> None:
     assert all(a[:-1] == b[:-1] for a, b in zip(found[::2], found[1::2], strict=True))
 
 
-async def test_starting_a_workflow_under_an_open_session_is_refused_instead_of_a_deadlock(ledger: Path) -> None:
+async def test_starting_a_workflow_under_an_open_session_is_refused_instead_of_a_deadlock(
+    ledger: Path,
+) -> None:
     apps: list[App] = []
 
     @workflow

@@ -95,7 +95,9 @@ async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(da
         assert await (await peer.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
 
 
-async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_before(database: Path) -> None:
+async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_before(
+    database: Path,
+) -> None:
     held = Held()
     app = App(database)
     await app.start()
@@ -130,7 +132,10 @@ async def test_zombie_writes_nothing_more_and_the_app_begins_a_new_life(database
         assert isinstance(zombie.writer.stopped_by, FencedError)
         assert app._worker is not zombie
     assert held.ran == ["first", "second", "second"]
-    assert rows(database, "SELECT seq, operation_id FROM romancy_history") == [(1, "first:1"), (2, "second:1")]
+    assert rows(database, "SELECT seq, operation_id FROM romancy_history") == [
+        (1, "first:1"),
+        (2, "second:1"),
+    ]
 
 
 async def test_history_written_by_another_owner_stops_only_that_instance(database: Path) -> None:

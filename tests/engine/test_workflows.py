@@ -192,9 +192,7 @@ async def test_task_group_wait_and_queue_work_as_in_plain_asyncio(database: Path
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S) == [10, 20, 2, 1]
 
 
-async def test_timeout_cancels_the_activity_and_leaves_nothing_behind(
-    database: Path, clock: VirtualClock
-) -> None:
+async def test_timeout_cancels_the_activity_and_leaves_nothing_behind(database: Path, clock: VirtualClock) -> None:
     began, cancelled = asyncio.Event(), asyncio.Event()
 
     @activity
@@ -335,7 +333,7 @@ async def test_except_exception_in_workflow_code_cannot_break_the_engine(databas
             try:
                 total += await act(n)
                 await ctx.sleep(1)
-            except Exception:  # noqa: S112
+            except Exception:
                 continue
         return total
 

@@ -16,7 +16,14 @@ from romancy.clock import Clock
 from romancy.context import CURRENT_ACTIVITY, ActivityContext
 from romancy.engine.instance import LiveInstance, exhausted
 from romancy.engine.operations import ActivityOperation
-from romancy.errors import ActivityTimeoutError, DatabaseError, FencedError, RomancyError, SerializationError, TerminalError
+from romancy.errors import (
+    ActivityTimeoutError,
+    DatabaseError,
+    FencedError,
+    RomancyError,
+    SerializationError,
+    TerminalError,
+)
 from romancy.serde import check_size
 from romancy.storage.sessions import LONG_TRANSACTION_S, ActivityTransaction, SessionEngines
 
@@ -34,7 +41,16 @@ class Attempt:
         is_over: its outcome is settled; what the thread of a timed-out ``def`` still does counts for nothing.
     """
 
-    __slots__ = ("context", "handle", "instance", "is_given_up", "is_over", "is_timed_out", "operation", "timeout")
+    __slots__ = (
+        "context",
+        "handle",
+        "instance",
+        "is_given_up",
+        "is_over",
+        "is_timed_out",
+        "operation",
+        "timeout",
+    )
 
     def __init__(self, instance: LiveInstance, operation: ActivityOperation) -> None:
         self.instance = instance

@@ -12,12 +12,13 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from romancy.clock import Clock
 from romancy.context import WorkflowContext
 from romancy.definitions import Activity, CallOptions, Workflow
-from romancy.engine.loop import ReadyCallback, TimerCallback, WorkflowLoop, start_task
+from romancy.engine.loop import ReadyCallback, TimerCallback, make_loop, start_task
 from romancy.engine.operations import ActivityOperation, CodePlace, Operation, TimerOperation
 from romancy.engine.replay import Request, compare, expectation
 from romancy.engine.timers import TimerQueue
@@ -144,7 +145,7 @@ class LiveInstance(Recorder):
         self._gate_queue: deque[Callable[[], None]] | None = None
         self._gate_waiters: list[asyncio.Future[None]] | None = None
         self._recorded_status = row.status
-        self._loop = WorkflowLoop(self)
+        self._loop = make_loop(self)
         self._context = WorkflowContext(self)
         args, kwargs = workflow.signature.decode_input(row.input)
         self._main = start_task(self._loop, workflow.fn(self._context, *args, **kwargs), workflow.name)
@@ -156,7 +157,11 @@ class LiveInstance(Recorder):
         return self._time_us
 
     def call_activity(
-        self, activity: Activity[..., Any], options: CallOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        activity: Activity[..., Any],
+        options: CallOptions,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Coroutine[Any, Any, Any]:
         """See :class:`romancy.definitions.WorkflowHost`."""
         place = self._place(2) if self.is_replaying else None
@@ -285,9 +290,8 @@ class LiveInstance(Recorder):
                     if not operation.is_abandoned and not operation.future.done():
                         self._start_activity(operation)
                 elif isinstance(operation, TimerOperation) and operation.id in self._open_timers:
-                    operation.deadline = self._host.timers.add(
-                        operation.deadline_us, lambda operation=operation: self._on_deadline(operation)
-                    )
+                    on_deadline = partial(self._on_deadline, operation)
+                    operation.deadline = self._host.timers.add(operation.deadline_us, on_deadline)
         self._settle()
 
     def _start_activity(self, operation: ActivityOperation) -> None:
@@ -336,7 +340,7 @@ class LiveInstance(Recorder):
         if is_waiting and not self._open_timers and not self._open_activities:
             self.park(
                 ForbiddenInWorkflowError(
-                    "the workflow waits for something that nothing will ever set: no activity runs and no timer is due. "
+                    "the workflow waits for something that nothing will ever set: no activity runs, no timer is due. "
                     "Look for an Event, a Future or a Queue that only this code could fill"
                 )
             )
@@ -642,11 +646,21 @@ class LiveInstance(Recorder):
         if kind is not None:
             self._seq += 1
             event = HistoryRow(
-                self.instance_id, self.run, self._seq, kind, None, None, None, 0, self._time_us, None, None, None, error
+                self.instance_id,
+                self.run,
+                self._seq,
+                kind,
+                None,
+                None,
+                None,
+                0,
+                self._time_us,
+                None,
+                None,
+                None,
+                error,
             )
-        state = StateRow(
-            self.instance_id, status.value, None, None, self._time_us, self._time_us, result, error
-        )
+        state = StateRow(self.instance_id, status.value, None, None, self._time_us, self._time_us, result, error)
         ticket = host.writer.record(self, event, state)
         self._leave_memory()
         host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
@@ -680,9 +694,7 @@ class LiveInstance(Recorder):
         logger.warning("instance %s belongs to another worker now; dropped here: %s", self.instance_id, error)
         self.drop()
 
-    def _state(
-        self, status: str, *, owner: str | None, ready_at: int | None, error: str | None = None
-    ) -> StateRow:
+    def _state(self, status: str, *, owner: str | None, ready_at: int | None, error: str | None = None) -> StateRow:
         now = self._host.clock.now_us()
         return StateRow(self.instance_id, status, owner, ready_at, now, None, None, error)
 

@@ -95,7 +95,83 @@ class TimerCallback:
         return f"<workflow timer at {self.when()}>"
 
 
-class WorkflowLoop(asyncio.AbstractEventLoop):
+_CURES = {
+    "run_in_executor": "threads (asyncio.to_thread, run_in_executor)",
+    "set_default_executor": "threads",
+    "call_soon_threadsafe": "calls from other threads",
+    "subprocess_exec": "subprocesses",
+    "subprocess_shell": "subprocesses",
+    "add_signal_handler": "signal handlers",
+    "remove_signal_handler": "signal handlers",
+    "getaddrinfo": "name resolution",
+    "getnameinfo": "name resolution",
+    "create_connection": "network connections",
+    "create_datagram_endpoint": "network connections",
+    "create_server": "servers",
+    "create_unix_connection": "network connections",
+    "create_unix_server": "servers",
+    "connect_accepted_socket": "network connections",
+    "start_tls": "network connections",
+    "sendfile": "file transfers",
+    "sock_sendfile": "file transfers",
+    "connect_read_pipe": "pipes",
+    "connect_write_pipe": "pipes",
+    "add_reader": "file descriptors",
+    "remove_reader": "file descriptors",
+    "add_writer": "file descriptors",
+    "remove_writer": "file descriptors",
+    "sock_recv": "sockets",
+    "sock_recv_into": "sockets",
+    "sock_recvfrom": "sockets",
+    "sock_recvfrom_into": "sockets",
+    "sock_sendall": "sockets",
+    "sock_sendto": "sockets",
+    "sock_connect": "sockets",
+    "sock_accept": "sockets",
+    "set_exception_handler": "exception handlers",
+    "set_task_factory": "task factories",
+    "get_task_factory": "task factories",
+    "run_forever": "running the loop",
+    "run_until_complete": "running the loop",
+    "stop": "stopping the loop",
+    "close": "closing the loop",
+}
+
+
+def caller_location() -> str | None:
+    """``file:line`` of the nearest caller outside asyncio and this package."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("asyncio", "romancy.", "contextlib", "concurrent")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def _refusal(method: str, what: str) -> Callable[..., NoReturn]:
+    def refuse(self: asyncio.AbstractEventLoop, *args: Any, **kwargs: Any) -> NoReturn:
+        del self, args, kwargs
+        place = caller_location()
+        raise ForbiddenInWorkflowError(
+            f"workflow code must not use {what}{f' ({place})' if place else ''}: it runs again on every replay. "
+            f"Do this in an activity, and await the activity in the workflow"
+        )
+
+    refuse.__name__ = method
+    return refuse
+
+
+class _RefusingLoop(asyncio.AbstractEventLoop):
+    """Says no to everything that can't be replayed."""
+
+
+for _method, _what in _CURES.items():
+    setattr(_RefusingLoop, _method, _refusal(_method, _what))
+
+class WorkflowLoop(_RefusingLoop):
     """The event loop of one workflow instance.
 
     Attributes:
@@ -168,19 +244,21 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     # -- used by asyncio ---------------------------------------------------------------------------
 
-    def call_soon(self, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> Any:
+    def call_soon(  # type: ignore[override]  # typeshed wants TypeVarTuples here
+        self, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> Any:
         ready = ReadyCallback(callback, args, context)
         self._ready.append(ready)
         return ready
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> Any:
         host = self.workflow_host
         deadline_us = host.workflow_time_us() + max(0, round(delay * 1_000_000))
         return host.add_timer(deadline_us, ReadyCallback(callback, args, context))
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> Any:
         return self.workflow_host.add_timer(round(when * 1_000_000), ReadyCallback(callback, args, context))
@@ -192,7 +270,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         return asyncio.Future(loop=self)
 
     def create_task(
-        self, coro: Any, *, name: object = None, context: Context | None = None, **options: Any
+        self, coro: Any, *, name: str | None = None, context: Context | None = None, **options: Any
     ) -> asyncio.Task[Any]:
         if self._is_closed:
             coro.close()
@@ -244,77 +322,11 @@ def _close(task: asyncio.Task[Any]) -> None:
         logger.debug("workflow code objected to being discarded", exc_info=True)
 
 
-_CURES = {
-    "run_in_executor": "threads (asyncio.to_thread, run_in_executor)",
-    "set_default_executor": "threads",
-    "call_soon_threadsafe": "calls from other threads",
-    "subprocess_exec": "subprocesses",
-    "subprocess_shell": "subprocesses",
-    "add_signal_handler": "signal handlers",
-    "remove_signal_handler": "signal handlers",
-    "getaddrinfo": "name resolution",
-    "getnameinfo": "name resolution",
-    "create_connection": "network connections",
-    "create_datagram_endpoint": "network connections",
-    "create_server": "servers",
-    "create_unix_connection": "network connections",
-    "create_unix_server": "servers",
-    "connect_accepted_socket": "network connections",
-    "start_tls": "network connections",
-    "sendfile": "file transfers",
-    "sock_sendfile": "file transfers",
-    "connect_read_pipe": "pipes",
-    "connect_write_pipe": "pipes",
-    "add_reader": "file descriptors",
-    "remove_reader": "file descriptors",
-    "add_writer": "file descriptors",
-    "remove_writer": "file descriptors",
-    "sock_recv": "sockets",
-    "sock_recv_into": "sockets",
-    "sock_recvfrom": "sockets",
-    "sock_recvfrom_into": "sockets",
-    "sock_sendall": "sockets",
-    "sock_sendto": "sockets",
-    "sock_connect": "sockets",
-    "sock_accept": "sockets",
-    "set_exception_handler": "exception handlers",
-    "set_task_factory": "task factories",
-    "get_task_factory": "task factories",
-    "run_forever": "running the loop",
-    "run_until_complete": "running the loop",
-    "stop": "stopping the loop",
-    "close": "closing the loop",
-}
-
-
-def caller_location() -> str | None:
-    """``file:line`` of the nearest caller outside asyncio and this package."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("asyncio", "romancy.", "contextlib", "concurrent")):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-    return None
-
-
-def _refusal(method: str, what: str) -> Callable[..., NoReturn]:
-    def refuse(self: WorkflowLoop, *args: Any, **kwargs: Any) -> NoReturn:
-        del self, args, kwargs
-        place = caller_location()
-        raise ForbiddenInWorkflowError(
-            f"workflow code must not use {what}{f' ({place})' if place else ''}: it runs again on every replay. "
-            f"Do this in an activity, and await the activity in the workflow"
-        )
-
-    refuse.__name__ = method
-    return refuse
-
-
-for _method, _what in _CURES.items():
-    setattr(WorkflowLoop, _method, _refusal(_method, _what))
+def make_loop(host: LoopHost) -> WorkflowLoop:
+    """A loop for one instance."""
+    kind: Any = WorkflowLoop  # type checkers don't see the methods that _RefusingLoop got by setattr
+    loop: WorkflowLoop = kind(host)
+    return loop
 
 
 def start_task(loop: WorkflowLoop, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:

@@ -18,7 +18,7 @@ def host_identity() -> str:
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+        namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         return socket.gethostname()
     return f"{boot}/{namespace}"

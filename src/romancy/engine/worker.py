@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
@@ -257,9 +258,7 @@ class Worker:
     def _park_unloaded(self, row: ClaimedRow, error: RomancyError) -> None:
         logger.error("instance %s of workflow %s is suspended: %s", row.instance_id, row.workflow_name, error)
         now = self.clock.now_us()
-        state = StateRow(
-            row.instance_id, Status.SUSPENDED.value, None, None, now, None, None, encode_error(error)
-        )
+        state = StateRow(row.instance_id, Status.SUSPENDED.value, None, None, now, None, None, encode_error(error))
         ticket = self.writer.record(_Parked(), None, state)
         self.writer.when_durable(ticket, lambda: self._listener.on_ended(state))
 
@@ -395,12 +394,12 @@ class Worker:
         """Bring claimed instances back to where their history ends."""
         pages = await _done(self._store.read_history([(r.instance_id, r.run, 0) for r in rows], HISTORY_PAGE))
         for row, page in zip(rows, pages, strict=True):
-            instance = await self._in_callback(lambda row=row: self._load(row, is_replaying=True))
+            instance = await self._in_callback(partial(self._load, row, is_replaying=True))
             if instance is not None:
                 await self._replay(instance, page)
 
     async def _replay(self, instance: LiveInstance, page: list[HistoryRow]) -> None:
-        while await self._in_callback(lambda page=page: instance.replay(page)):
+        while await self._in_callback(partial(instance.replay, page)):
             if len(page) < HISTORY_PAGE:
                 await self._in_callback(instance.go_live)
                 return

@@ -68,7 +68,9 @@ def _at(json_path: str, path: str, value: JsonScalar) -> ColumnElement[bool]:
         return and_(kind == "text", found == literal(value), *_is_whole(json_path, value))
     if isinstance(value, int | float):
         if not math.isfinite(value) or (isinstance(value, int) and not -(2**63) <= value < 2**63):
-            raise InvalidFilterError(f"the value {value!r} of path {path!r} is out of range: give a finite 64-bit number")
+            raise InvalidFilterError(
+                f"the value {value!r} of path {path!r} is out of range: give a finite 64-bit number"
+            )
         return and_(or_(kind == "integer", kind == "real"), found == literal(value))
     raise InvalidFilterError(
         f"the value {value!r} of path {path!r} is of type {type(value).__name__}: "

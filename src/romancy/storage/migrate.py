@@ -24,7 +24,9 @@ def schema_version(connection: sqlite3.Connection) -> str | None:
         return None
     row = connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608
     if row is None:
-        raise SchemaError(f"the table {VERSION_TABLE} is empty, so the version of Romancy's tables is unknown: restore it")
+        raise SchemaError(
+            f"the table {VERSION_TABLE} is empty, so the version of Romancy's tables is unknown: restore it"
+        )
     return str(row[0])
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import URL, ColumnElement, Row, Select, and_, event, or_, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from romancy.errors import InvalidFilterError, InvalidPageTokenError
@@ -58,7 +59,10 @@ class Queries:
     def __init__(self, path: str, name: str) -> None:
         self._name = name
         self._engine: AsyncEngine = create_async_engine(
-            URL.create("sqlite+aiosqlite", database=path), isolation_level="AUTOCOMMIT", pool_size=2, max_overflow=8
+            URL.create("sqlite+aiosqlite", database=path),
+            isolation_level="AUTOCOMMIT",
+            pool_size=2,
+            max_overflow=8,
         )
 
         @event.listens_for(self._engine.sync_engine, "connect")
@@ -149,9 +153,7 @@ class Queries:
                 return []
             run = instance.run
         statement = (
-            select(*history.c)
-            .where(history.c.instance_id == instance_id, history.c.run == run)
-            .order_by(history.c.seq)
+            select(*history.c).where(history.c.instance_id == instance_id, history.c.run == run).order_by(history.c.seq)
         )
         return [_event(row) for row in await self._fetch(statement)]
 
@@ -159,16 +161,13 @@ class Queries:
         async with self._connect() as connection:
             return list((await connection.execute(statement)).fetchall())
 
-    def _connect(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        @asynccontextmanager
-        async def connect() -> Any:
-            try:
-                async with self._engine.connect() as connection:
-                    yield connection
-            except Exception as error:
-                raise database_error(error, self._name) from error
-
-        return connect()
+    @asynccontextmanager
+    async def _connect(self) -> AsyncIterator[AsyncConnection]:
+        try:
+            async with self._engine.connect() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            raise database_error(error, self._name) from error
 
 
 def _time(name: str, value: datetime) -> int:
@@ -186,7 +185,7 @@ def _status(status: Status | str) -> Status:
 
 
 def _query_digest(*parts: object) -> str:
-    text = repr([sorted(part.items()) if isinstance(part, Mapping) else part for part in parts])
+    text = repr(parts)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
 
 
@@ -236,7 +235,7 @@ def _instance(row: Row[Any]) -> Instance:
 
 def _event(row: Row[Any]) -> HistoryEvent:
     kind = HistoryKind(row.kind)
-    has_result = row.result is not None and kind is HistoryKind.ACTIVITY_COMPLETED
+    result: str | None = row.result if kind is HistoryKind.ACTIVITY_COMPLETED else None
     return HistoryEvent(
         instance_id=row.instance_id,
         run=row.run,
@@ -246,7 +245,7 @@ def _event(row: Row[Any]) -> HistoryEvent:
         name=row.name,
         attempt=row.attempt,
         input=None if row.input is None else load_json(row.input),
-        result=load_json(row.result) if has_result else None,
+        result=None if result is None else load_json(result),
         error=None if row.error is None else decode_info(row.error),
         at=from_micros(row.at),
         next_attempt_at=None if row.due_at is None else from_micros(row.due_at),

@@ -119,9 +119,7 @@ class SqliteStore:
             DatabaseError: it can't be opened, or is not fit for durable work.
         """
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
-            raise DatabaseError(
-                f"SQLite {sqlite3.sqlite_version} is too old: Python must be built with 3.35 or newer"
-            )
+            raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: Python must be built with 3.35 or newer")
         if self.address.is_memory:
             self._folder = tempfile.TemporaryDirectory(prefix="romancy-", dir=_memory_folder())
             self.path = str(Path(self._folder.name) / "memory.db")
@@ -178,7 +176,11 @@ class SqliteStore:
         return self._write(job)
 
     def _commit(
-        self, connection: sqlite3.Connection, parties: list[Party], worker_id: str | None, renew_until: int | None
+        self,
+        connection: sqlite3.Connection,
+        parties: list[Party],
+        worker_id: str | None,
+        renew_until: int | None,
     ) -> set[str]:
         """One transaction with these parties' rows; returns the ids of the keyed starts that were inserted."""
         statements = self._statements
@@ -228,7 +230,11 @@ class SqliteStore:
     def register(self, row: WorkerRow, started_at: int) -> Future[None]:
         """Add this worker, alive."""
         statement = self._statements.register(**row._asdict(), started_at=started_at)
-        return self._write(lambda connection: self._run(connection, statement) and None)
+
+        def job(connection: sqlite3.Connection) -> None:
+            self._run(connection, statement)
+
+        return self._write(job)
 
     def renew(self, worker_id: str, lease_until: int) -> Future[bool]:
         """Lengthen the lease; ``False`` when it was lost."""
@@ -307,9 +313,7 @@ class SqliteStore:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def read_history(
-        self, wanted: Sequence[tuple[str, int, int]], limit: int
-    ) -> Future[list[list[HistoryRow]]]:
+    def read_history(self, wanted: Sequence[tuple[str, int, int]], limit: int) -> Future[list[list[HistoryRow]]]:
         """For each ``(instance_id, run, after_seq)`` the next recorded events, at most ``limit`` of them."""
         read: Prepared = self._statements.read_history
 

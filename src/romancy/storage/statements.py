@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
+    BindParameter,
     Table,
     and_,
     bindparam,
@@ -58,7 +59,7 @@ class ManyRows:
 
     def pieces(self, rows: Sequence[tuple[Any, ...]]) -> list[tuple[str, list[Any], int]]:
         """The statements for these rows: text, parameters and number of rows of each."""
-        pieces = []
+        pieces: list[tuple[str, list[Any], int]] = []
         start, left = 0, len(rows)
         for size in CHUNKS:
             while left >= size:
@@ -105,7 +106,8 @@ class Statements:
         def prepare(statement: ClauseElement) -> Prepared:
             return Prepared(statement, dialect)
 
-        me, now = bindparam("me"), bindparam("now")
+        me: BindParameter[str] = bindparam("me")
+        now: BindParameter[int] = bindparam("now")
         alive = and_(workers.c.worker_id == me, workers.c.state == "alive")
         self.fence = prepare(select(literal(1)).select_from(workers).where(alive))
         self.renew = prepare(update(workers).where(alive).values(lease_until=bindparam("lease_until")))
@@ -135,7 +137,7 @@ class Statements:
         self.next_due = prepare(select(next_due))
 
         free = and_(instances.c.owner.is_(None), instances.c.completed_at.is_(None))
-        limit = bindparam("limit")
+        limit: BindParameter[int] = bindparam("limit")
         self.claim_ready = prepare(
             self._claim(
                 select(instances.c.instance_id)
@@ -156,7 +158,10 @@ class Statements:
             .values(
                 owner=null(),
                 ready_at=case((waiting, func.coalesce(instances.c.ready_at, 0)), else_=0),
-                status=case((instances.c.status == Status.RUNNING.value, Status.PENDING.value), else_=instances.c.status),
+                status=case(
+                    (instances.c.status == Status.RUNNING.value, Status.PENDING.value),
+                    else_=instances.c.status,
+                ),
                 updated_at=now,
             )
         )
@@ -170,7 +175,8 @@ class Statements:
         self.resume = prepare(
             update(instances)
             .where(
-                instances.c.instance_id == bindparam("instance_id"), instances.c.status == Status.SUSPENDED.value
+                instances.c.instance_id == bindparam("instance_id"),
+                instances.c.status == Status.SUSPENDED.value,
             )
             .values(status=Status.PENDING.value, ready_at=0, error=null(), claims=0, updated_at=now)
         )
@@ -199,7 +205,8 @@ class Statements:
                 owner=bindparam("me"),
                 ready_at=null(),
                 status=case(
-                    (instances.c.status == Status.PENDING.value, Status.RUNNING.value), else_=instances.c.status
+                    (instances.c.status == Status.PENDING.value, Status.RUNNING.value),
+                    else_=instances.c.status,
                 ),
                 claims=claims,
                 started_at=func.coalesce(instances.c.started_at, bindparam("now")),
