@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast, overload
 
@@ -370,7 +371,8 @@ class App:
         """
         self._check_running()
         definition = self._definition(workflow)
-        text = definition.signature.encode_input(args, kwargs)
+        given = definition.signature.store_input(args, kwargs)
+        text = given.text
         check_size(f"the input of workflow {definition.name!r}", [text], self.max_payload_bytes)
         _check_no_open_transaction("start a workflow")
         instance_id = self._ids.new_id() if id is None else _checked_id(id)
@@ -381,8 +383,7 @@ class App:
                 instance_id, 1, definition.name, Status.RUNNING.value, worker.worker_id, None, 0, now, now, now,
                 definition.source_hash, text,
             )  # fmt: skip
-            runner = worker
-            is_new = await worker.writer.start(row, id is not None, lambda: runner.run_started(row))
+            is_new = await worker.writer.start(row, id is not None, partial(worker.run_started, row, given))
         else:
             row = StartRow(
                 instance_id, 1, definition.name, Status.PENDING.value, None, 0, 0, now, None, now,

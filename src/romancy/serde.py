@@ -15,7 +15,8 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from json.encoder import encode_basestring
 from typing import Any, Protocol
@@ -24,8 +25,46 @@ import typing_extensions
 
 from romancy.errors import DefinitionError, PayloadTooLargeError, SerializationError
 
-dump_plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-load_json = json.loads
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
+def _chunk_encoder() -> Callable[[Any, int], Iterable[str]]:
+    """What ``JSONEncoder.iterencode`` makes anew for each value, at several times the cost of a small value."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return lambda value, _level: _encoder.iterencode(value)
+    encoder: Callable[[Any, int], Iterable[str]] = make(
+        None, _encoder.default, encode_basestring, None, ":", ",", False, False, False
+    )
+    return encoder
+
+
+_encode_chunks = _chunk_encoder()
+_decoder: Any = json.JSONDecoder()
+_scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once
+
+
+def dump_plain(value: Any) -> str:
+    """Plain JSON values as compact text.
+
+    Raises:
+        TypeError, ValueError, RecursionError: it holds something else.
+    """
+    return "".join(_encode_chunks(value, 0))
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value, end = _scan(text, 0)
+    except StopIteration:
+        return json.loads(text)
+    return value if end == len(text) else json.loads(text)
+
 
 MISSING = inspect.Parameter.empty
 
@@ -453,23 +492,28 @@ class Signature:
         return Arguments("{" + ",".join(texts) + "}", bound.args, bound.kwargs)
 
     def encode_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """The text that :meth:`store_input` stores."""
+        return self.store_input(args, kwargs).text
+
+    def store_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Store a workflow's input: one structured input as itself, all else keyed by parameter name.
 
         One value whose annotation does not say that it is an object (``Any``, a union) is stored as itself
         when it is an object, save where that object could be taken for the keyed form.
         """
-        keyed = self.encode_arguments(args, kwargs).text
+        arguments = self.encode_arguments(args, kwargs)
         assert self._codecs is not None
         if not self._is_single:
-            return keyed
+            return arguments
+        keyed = arguments.text
         name, key, codec = self._codecs[0]
         if keyed == "{}":
             # Left to its default. An object as such reads like an empty one, so that the default must be stored.
-            return self._default_text(name, codec) if self._object_shaped else keyed
+            return replace(arguments, text=self._default_text(name, codec)) if self._object_shaped else arguments
         bare = keyed[len(key) + 1 : -1]
         if self._object_shaped or (bare.startswith("{") and bare != "{}" and not _has_single_key(bare, name)):
-            return bare
-        return keyed
+            return replace(arguments, text=bare)
+        return arguments
 
     def _default_text(self, name: str, codec: Codec) -> str:
         default = self._parameters[0].default

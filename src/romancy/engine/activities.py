@@ -134,7 +134,7 @@ class ActivityRunner:
         arguments = operation.arguments
         if activity.is_async:
             coroutine = activity.fn(*arguments.args, **arguments.kwargs)
-            task = self._loop.create_task(coroutine, name=operation.id, context=context)
+            task = asyncio.Task(coroutine, loop=self._loop, name=operation.id, context=context)
             attempt.handle = task
             task.add_done_callback(partial(self._on_task_done, attempt))
         else:

@@ -34,7 +34,7 @@ from romancy.errors import (
 from romancy.failures import decode_error, encode_error
 from romancy.model import HistoryKind, Status
 from romancy.retry import RetryPolicy
-from romancy.serde import check_size
+from romancy.serde import Arguments, check_size
 from romancy.storage.rows import ClaimedRow, HistoryRow, StateRow
 from romancy.storage.writer import Recorder, Writer
 
@@ -86,7 +86,8 @@ class LiveInstance(Recorder):
         host: the worker.
         row: the instance as claimed or started.
         workflow: its definition.
-        is_replaying: whether history must be fed first (:meth:`replay`, then :meth:`go_live`).
+        given: the input of an instance that has just been started here; ``None`` for one that was claimed: its
+            history must be fed first (:meth:`replay`, then :meth:`go_live`).
     """
 
     __slots__ = (
@@ -119,7 +120,7 @@ class LiveInstance(Recorder):
     )
 
     def __init__(
-        self, host: InstanceHost, row: ClaimedRow, workflow: Workflow[..., Any], *, is_replaying: bool
+        self, host: InstanceHost, row: ClaimedRow, workflow: Workflow[..., Any], given: Arguments | None
     ) -> None:
         super().__init__()
         self._host = host
@@ -127,7 +128,7 @@ class LiveInstance(Recorder):
         self.run = row.run
         self.workflow_name = row.workflow_name
         self.workflow = workflow
-        self.is_replaying = is_replaying
+        self.is_replaying = given is None
         self.is_gone = False
         self.is_waiting = False
         self.running_count = 0
@@ -147,7 +148,7 @@ class LiveInstance(Recorder):
         self._recorded_status = row.status
         self._loop = make_loop(self)
         self._context = WorkflowContext(self)
-        args, kwargs = workflow.signature.decode_input(row.input)
+        args, kwargs = workflow.signature.decode_input(row.input) if given is None else (given.args, given.kwargs)
         self._main = start_task(self._loop, workflow.fn(self._context, *args, **kwargs), workflow.name)
 
     # -- what the workflow's code reaches ----------------------------------------------------------

@@ -171,6 +171,7 @@ class _RefusingLoop(asyncio.AbstractEventLoop):
 for _method, _what in _CURES.items():
     setattr(_RefusingLoop, _method, _refusal(_method, _what))
 
+
 class WorkflowLoop(_RefusingLoop):
     """The event loop of one workflow instance.
 

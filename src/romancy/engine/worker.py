@@ -27,6 +27,7 @@ from romancy.errors import DatabaseError, FencedError, InstanceStateError, Roman
 from romancy.failures import encode_error
 from romancy.model import Status
 from romancy.retry import RetryPolicy
+from romancy.serde import Arguments
 from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
 from romancy.storage.sessions import SessionEngines
 from romancy.storage.sqlite import SqliteStore
@@ -224,15 +225,15 @@ class Worker:
         """Whether the instance is in this worker's memory."""
         return instance_id in self._live
 
-    def run_started(self, row: StartRow) -> None:
-        """Run an instance that was just stored as this worker's own."""
+    def run_started(self, row: StartRow, given: Arguments) -> None:
+        """Run an instance that was just stored as this worker's own, with the input that it was stored with."""
         if self._is_stopping:
             return
         assert row.started_at is not None
         claimed = ClaimedRow(
             row.instance_id, row.run, row.workflow_name, row.status, row.claims, row.started_at, row.input
         )
-        instance = self._load(claimed, is_replaying=False)
+        instance = self._load(claimed, given)
         if instance is not None:
             instance.begin()
 
@@ -241,14 +242,14 @@ class Worker:
         self._next_due_us = 0
         self._hint.set()
 
-    def _load(self, row: ClaimedRow, *, is_replaying: bool) -> LiveInstance | None:
+    def _load(self, row: ClaimedRow, given: Arguments | None = None) -> LiveInstance | None:
         try:
             if row.claims > MAX_CLAIMS:
                 raise InstanceStateError(
                     f"the workers that ran this instance died {row.claims - 1} times in a row without its coming "
                     f"forward; it may be what kills them. Once that is mended, resume it"
                 )
-            instance = LiveInstance(self, row, self._workflows[row.workflow_name], is_replaying=is_replaying)
+            instance = LiveInstance(self, row, self._workflows[row.workflow_name], given)
         except RomancyError as error:
             self._park_unloaded(row, error)
             return None
@@ -394,7 +395,7 @@ class Worker:
         """Bring claimed instances back to where their history ends."""
         pages = await _done(self._store.read_history([(r.instance_id, r.run, 0) for r in rows], HISTORY_PAGE))
         for row, page in zip(rows, pages, strict=True):
-            instance = await self._in_callback(partial(self._load, row, is_replaying=True))
+            instance = await self._in_callback(partial(self._load, row))
             if instance is not None:
                 await self._replay(instance, page)
 
