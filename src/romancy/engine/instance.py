@@ -92,6 +92,7 @@ class LiveInstance(Recorder):
 
     __slots__ = (
         "_blocked",
+        "_claims",
         "_context",
         "_counters",
         "_explicit_ids",
@@ -146,6 +147,7 @@ class LiveInstance(Recorder):
         self._gate_queue: deque[Callable[[], None]] | None = None
         self._gate_waiters: list[asyncio.Future[None]] | None = None
         self._recorded_status = row.status
+        self._claims = row.claims
         self._loop = make_loop(self)
         self._context = WorkflowContext(self)
         args, kwargs = workflow.signature.decode_input(row.input) if given is None else (given.args, given.kwargs)
@@ -389,8 +391,7 @@ class LiveInstance(Recorder):
         self._attempt_over(operation)
         if self.is_gone:
             return
-        row = self._event(COMPLETED, operation, result=text)
-        self._host.writer.record(self, row)
+        self._record(self._event(COMPLETED, operation, result=text))
         self._deliver(operation, value, None)
 
     def on_failed(self, operation: ActivityOperation, error: BaseException) -> None:
@@ -402,7 +403,7 @@ class LiveInstance(Recorder):
         if self.is_gone:
             return
         text = encode_error(error)
-        self._host.writer.record(self, self._event(FAILED, operation, error=text))
+        self._record(self._event(FAILED, operation, error=text))
         self._deliver(operation, None, decode_error(text))
 
     def on_retry(self, operation: ActivityOperation, error: BaseException, wait_s: float) -> None:
@@ -419,8 +420,7 @@ class LiveInstance(Recorder):
             return
         operation.due_us = self._host.clock.now_us() + round(wait_s * 1_000_000)
         began = str(operation.first_attempt_us)
-        row = self._event(RETRY, operation, result=began, error=encode_error(error), due_at=operation.due_us)
-        self._host.writer.record(self, row)
+        self._record(self._event(RETRY, operation, result=began, error=encode_error(error), due_at=operation.due_us))
         self._start_activity(operation)
         self._settle()
 
@@ -455,9 +455,17 @@ class LiveInstance(Recorder):
             return
         del self._open_timers[operation.id]
         self._time_us = max(self._time_us, operation.deadline_us)
-        self._host.writer.record(self, self._event(TIMER_EXPIRED, operation))
+        self._record(self._event(TIMER_EXPIRED, operation))
         self._loop.make_ready(operation.callback.ready)
         self._advance()
+
+    def _record(self, event: HistoryRow) -> None:
+        """Queue an event; the first one after a takeover shows that the instance is not what kills its workers."""
+        state = None
+        if self._claims:
+            self._claims = 0
+            state = self._state(self._recorded_status, owner=self._host.worker_id, ready_at=None)
+        self._host.writer.record(self, event, state)
 
     def _event(
         self,

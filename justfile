@@ -1,0 +1,43 @@
+# Every task of the project; `just check` is exactly what CI runs.
+
+set positional-arguments
+
+# Show the tasks.
+default:
+    @just --list
+
+# All that CI checks.
+check: lint types test
+
+# Format, lint and the layers of the architecture.
+lint:
+    uv run ruff format --check
+    uv run ruff check
+    uv run lint-imports
+
+# Format and mend what can be mended by machine.
+fix:
+    uv run ruff format
+    uv run ruff check --fix
+
+# Both type checkers, strict.
+types:
+    uv run mypy
+    uv run pyright
+
+# The tests, in parallel.
+test *arguments:
+    uv run pytest -n auto {{ arguments }}
+
+# Line and branch coverage of the tests.
+coverage:
+    uv run coverage run -m pytest
+    uv run coverage report --show-missing
+
+# The property test of replay, for much longer than CI has time for.
+property examples="5000":
+    ROMANCY_EXAMPLES={{ examples }} uv run pytest tests/engine/test_replay_property.py --timeout 3600
+
+# The benchmarks beside their floor and the peers.
+bench *arguments:
+    uv run python benchmarks/run.py {{ arguments }}
