@@ -151,7 +151,7 @@ async def inserted_into_gather(ctx: WorkflowContext, acts: Acts) -> Any:
         (ends_early, "timer as timer:1", "the end of the workflow"),
         (fails_early, "timer as timer:1", "the end of the workflow"),
         (other_arguments, 'arguments {"n":2}', 'arguments {"n":3}'),
-        (inserted_into_gather, "activity 'two' as two:1 (request 3)", "activity 'one' as one:2 (request 3)"),
+        (inserted_into_gather, "timer as timer:1 (request 2)", "timer as timer:1 (request 3)"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

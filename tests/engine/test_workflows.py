@@ -489,3 +489,84 @@ async def test_thousand_activities_in_one_gather(database: Path) -> None:
 
     async with App(database, max_activities=50) as app:
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S) == 499500
+
+
+async def test_as_completed_over_activities_keeps_their_ids(database: Path) -> None:
+    gates = [asyncio.Event() for _ in range(4)]
+
+    @activity
+    async def fetch(n: int) -> str:
+        await gates[n].wait()
+        if n:
+            gates[n - 1].set()
+        return f"{n} {current_activity().activity_id}"
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> list[str]:
+        return [await found for found in asyncio.as_completed([fetch(n) for n in range(4)])]
+
+    gates[3].set()
+    async with App(database) as app:
+        found = await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+    assert found == ["3 fetch:4", "2 fetch:3", "1 fetch:2", "0 fetch:1"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+async def test_as_completed_over_other_coroutines_is_refused_with_the_cure(database: Path) -> None:
+    async def step(n: int) -> int:
+        return n
+
+    @workflow
+    async def refused(ctx: WorkflowContext) -> str:
+        from romancy import ForbiddenInWorkflowError
+
+        try:
+            return str([await found for found in asyncio.as_completed([step(n) for n in range(4)])])
+        except ForbiddenInWorkflowError as error:
+            return str(error)
+
+    @workflow
+    async def cured(ctx: WorkflowContext) -> list[int]:
+        tasks = [asyncio.create_task(step(n)) for n in range(4)]
+        return sorted([await found for found in asyncio.as_completed(tasks)])
+
+    async with App(database) as app:
+        assert "create_task" in await (await app.start_workflow(refused)).result(RESULT_TIMEOUT_S)
+        assert await (await app.start_workflow(cured)).result(RESULT_TIMEOUT_S) == [0, 1, 2, 3]
+
+
+async def test_task_group_cancels_its_tasks_in_the_same_order_every_time(database: Path) -> None:
+    orders: list[list[int]] = []
+
+    @activity(retry=RetryPolicy.no_retry())
+    async def boom() -> None:
+        raise ValueError
+
+    @activity
+    async def clean(n: int) -> None: ...
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        order: list[int] = []
+        orders.append(order)
+
+        async def part(n: int) -> None:
+            try:
+                await ctx.sleep(1000)
+            finally:
+                order.append(n)
+                await clean(n)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for n in range(30):
+                    group.create_task(part(n))
+                await boom()
+        except* RetryExhaustedError:
+            pass
+
+    async with App(database) as app:
+        for _ in range(5):
+            await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+    assert all(order == orders[0] for order in orders)
+    assert sorted(orders[0]) == list(range(30))

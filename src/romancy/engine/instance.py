@@ -166,37 +166,29 @@ class LiveInstance(Recorder):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Coroutine[Any, Any, Any]:
-        """See :class:`romancy.definitions.WorkflowHost`."""
-        place = self._place(2) if self.is_replaying else None
-        return self._await_activity(activity, options, args, kwargs, place)
+        """See :class:`romancy.definitions.WorkflowHost`.
 
-    async def _await_activity(
-        self,
-        activity: Activity[..., Any],
-        options: CallOptions,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        place: CodePlace | None,
-    ) -> Any:
+        The id is given here, at the call, and not when the coroutine begins: ``asyncio.as_completed`` begins
+        coroutines in an order that differs from run to run.
+        """
         if self._loop.is_closed():
             raise GeneratorExit
+        place = self._place(2) if self.is_replaying else None
         arguments = activity.signature.encode_arguments(args, kwargs)
         if len(arguments.text) * 4 > self._host.max_payload_bytes:
             check_size(f"the input of activity {activity.name!r}", [arguments.text], self._host.max_payload_bytes)
         self._position += 1
-        operation = ActivityOperation(
-            options.id or self._next_id(activity.name),
-            self._position,
-            place,
-            activity,
-            options,
-            arguments,
-            asyncio.Future(loop=self._loop),
+        operation_id = self._next_id(activity.name) if options.id is None else self._explicit_id(options.id)
+        if self._explicit_ids is not None and options.id is None and operation_id in self._explicit_ids:
+            raise self._id_taken(operation_id)
+        return self._await_activity(
+            ActivityOperation(operation_id, self._position, place, activity, options, arguments)
         )
-        if options.id is not None:
-            self._claim_explicit_id(options.id)
-        elif self._explicit_ids is not None and operation.id in self._explicit_ids:
-            raise self._id_taken(operation.id)
+
+    async def _await_activity(self, operation: ActivityOperation) -> Any:
+        if self._loop.is_closed():
+            raise GeneratorExit
+        operation.future = asyncio.Future(loop=self._loop)
         self._open_activities[operation.id] = operation
         self._is_asked.append(operation)
         try:
@@ -229,7 +221,7 @@ class LiveInstance(Recorder):
         self._counters[name] = count
         return f"{name}:{count}"
 
-    def _claim_explicit_id(self, operation_id: str) -> None:
+    def _explicit_id(self, operation_id: str) -> str:
         name, _, count = operation_id.rpartition(":")
         is_auto = count.isdecimal() and 0 < int(count) <= self._counters.get(name, 0)
         if self._explicit_ids is None:
@@ -237,6 +229,7 @@ class LiveInstance(Recorder):
         if is_auto or operation_id in self._explicit_ids:
             raise self._id_taken(operation_id)
         self._explicit_ids.add(operation_id)
+        return operation_id
 
     def _id_taken(self, operation_id: str) -> DuplicateNameError:
         return DuplicateNameError(

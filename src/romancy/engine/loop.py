@@ -172,6 +172,43 @@ for _method, _what in _CURES.items():
     setattr(_RefusingLoop, _method, _refusal(_method, _what))
 
 
+class WorkflowTask(asyncio.Task[Any]):
+    """A task whose hash is its number, so that sets of tasks are walked in the same order on every replay.
+
+    ``TaskGroup`` cancels its tasks in the order of a set; by address, that order would differ from run to run.
+    """
+
+    def __init__(
+        self, number: int, coro: Any, loop: asyncio.AbstractEventLoop, name: str, context: Context | None
+    ) -> None:
+        self._number = number
+        super().__init__(coro, loop=loop, name=name, context=context)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+def _refuse_unordered_start(coroutine: Any) -> None:
+    """``as_completed`` puts coroutines into a set and begins them in its order, which is that of addresses."""
+    frame = sys._getframe(2)
+    if frame.f_code.co_name not in ("ensure_future", "_ensure_future"):
+        return
+    for _ in range(4):
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+        if frame.f_code is asyncio.as_completed.__code__:
+            break
+    else:
+        return
+    if getattr(coroutine, "__name__", "") != "_await_activity":
+        coroutine.close()
+        raise ForbiddenInWorkflowError(
+            "asyncio.as_completed begins coroutines in an order that differs from run to run: give it activities, or "
+            "tasks made in order, such as [asyncio.create_task(step(x)) for x in items]"
+        )
+
+
 class WorkflowLoop(_RefusingLoop):
     """The event loop of one workflow instance.
 
@@ -184,6 +221,7 @@ class WorkflowLoop(_RefusingLoop):
         self.tasks: list[asyncio.Task[Any]] = []
         self._ready: deque[ReadyCallback] = deque()
         self._prune_at = 16
+        self._task_count = 0
         self._is_closed = False
 
     # -- driven by the engine ----------------------------------------------------------------------
@@ -271,12 +309,14 @@ class WorkflowLoop(_RefusingLoop):
         return asyncio.Future(loop=self)
 
     def create_task(
-        self, coro: Any, *, name: str | None = None, context: Context | None = None, **options: Any
+        self, coro: Any, *, name: str | None = None, context: Context | None = None, **_options: Any
     ) -> asyncio.Task[Any]:
         if self._is_closed:
             coro.close()
             raise GeneratorExit
-        task = asyncio.Task(coro, loop=self, name=name or "workflow", context=context, **options)
+        _refuse_unordered_start(coro)
+        self._task_count += 1
+        task = WorkflowTask(self._task_count, coro, self, name or "workflow", context)
         if len(self.tasks) >= self._prune_at:
             self.tasks = [known for known in self.tasks if not known.done()]
             self._prune_at = max(16, 2 * len(self.tasks))

@@ -91,13 +91,12 @@ class ActivityOperation(Operation):
         activity: Activity[..., Any],
         options: CallOptions,
         arguments: Arguments,
-        future: asyncio.Future[Any],
     ) -> None:
         super().__init__(operation_id, position, place)
         self.activity = activity
         self.options = options
         self.arguments = arguments
-        self.future = future
+        self.future: asyncio.Future[Any]
         self.attempt = 0
         self.due_us = 0
         self.first_attempt_us = 0

@@ -43,6 +43,7 @@ HISTORY_PAGE = 1_000
 SCAN_INTERVAL_S = 5.0
 GONE_CHECK_INTERVAL_S = 0.5
 CHANGE_CHECK_INTERVAL_S = 0.02
+BUSY_CHECK_INTERVAL_S = 0.25
 
 
 class WorkerSettings(Protocol):
@@ -133,7 +134,6 @@ class Worker:
         self._is_stopping = False
         self._is_stopped = False
         self._hint = asyncio.Event()
-        self._seen_commits = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- life --------------------------------------------------------------------------------------
@@ -426,16 +426,15 @@ class Worker:
 
     async def _watch_changes(self) -> None:
         """Notice what other processes commit, by a look at the log file."""
-        is_own = False
+        seen_writes, looked_at = self._store.own_writes, self._loop.time()
         while True:
             await asyncio.sleep(CHANGE_CHECK_INTERVAL_S)
             if not self._store.has_changed():
                 continue
-            commits, self._seen_commits = self._seen_commits, self.writer.committed
-            was_own, is_own = is_own, commits != self._seen_commits
-            if is_own and was_own:
-                # Busy with commits of our own: the scan will see what others do.
+            is_own, seen_writes = seen_writes != self._store.own_writes, self._store.own_writes
+            if is_own and self._loop.time() - looked_at < BUSY_CHECK_INTERVAL_S:
                 continue
+            looked_at = self._loop.time()
             self._listener.on_foreign_change()
             due = await _done(self._store.next_due())
             if due is not None and (self._next_due_us is None or due < self._next_due_us):

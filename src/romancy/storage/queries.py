@@ -129,7 +129,7 @@ class Queries:
             instance_id,
             None if started_after is None else to_micros(started_after),
             None if started_before is None else to_micros(started_before),
-            input_filters,
+            None if input_filters is None else sorted(input_filters.items()),
         )
         if page_token is not None:
             conditions.append(_after(page_token, query))

@@ -109,6 +109,7 @@ class SqliteStore:
         self._writer: ConnectionThread | None = None
         self._reader: ConnectionThread | None = None
         self._seen_change: tuple[int, int] = (0, 0)
+        self.own_writes = 0
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -346,12 +347,17 @@ class SqliteStore:
         return True
 
     def _run(self, connection: sqlite3.Connection, statement: tuple[str, tuple[Any, ...]]) -> int:
-        with self._transaction(connection):
+        # One statement is a transaction of its own.
+        self.write_lock.acquire()
+        try:
             return connection.execute(*statement).rowcount
+        finally:
+            self.write_lock.release()
 
     def _write(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
         if self._writer is None:
             raise DatabaseError(f"database {self.address} is closed")
+        self.own_writes += 1
         return self._writer.submit(self._typed(job))
 
     def _read(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
