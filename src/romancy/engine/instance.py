@@ -13,12 +13,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol
 
 from romancy.clock import Clock
 from romancy.context import WorkflowContext
 from romancy.definitions import Activity, CallOptions, Workflow
-from romancy.engine.loop import ReadyCallback, TimerCallback, make_loop, start_task
+from romancy.engine.loop import RUN_READY_CODE, ReadyCallback, TimerCallback, make_loop, start_task
 from romancy.engine.operations import ActivityOperation, CodePlace, Operation, TimerOperation
 from romancy.engine.replay import Request, compare, expectation
 from romancy.engine.timers import TimerQueue
@@ -237,12 +238,15 @@ class LiveInstance(Recorder):
             f"each call an id of its own, or leave ids to Romancy"
         )
 
-    def _place(self, depth: int) -> CodePlace | None:
-        """Where in the user's code a request comes from."""
-        frame = sys._getframe(depth)
-        while frame.f_globals.get("__name__", "").startswith(("asyncio", "romancy.")) and frame.f_back is not None:
+    @staticmethod
+    def _place(depth: int) -> CodePlace | None:
+        """Where in the user's code a request comes from; unknown for a task that begins inside a library."""
+        frame: FrameType | None = sys._getframe(depth)
+        while frame is not None and frame.f_code is not RUN_READY_CODE:
+            if not frame.f_globals.get("__name__", "").startswith(("asyncio", "romancy.")):
+                return CodePlace(frame.f_code, frame.f_lasti)
             frame = frame.f_back
-        return CodePlace(frame.f_code, frame.f_lasti)
+        return None
 
     def _abandon(self, operation: ActivityOperation) -> None:
         """The workflow's await was cancelled; a result that still comes in is recorded, and waits for nobody."""

@@ -363,6 +363,10 @@ def _close(task: asyncio.Task[Any]) -> None:
         logger.debug("workflow code objected to being discarded", exc_info=True)
 
 
+RUN_READY_CODE = WorkflowLoop.run_ready.__code__
+"""Where the engine ends and workflow code begins, on the stack."""
+
+
 def make_loop(host: LoopHost) -> WorkflowLoop:
     """A loop for one instance."""
     kind: Any = WorkflowLoop  # type checkers don't see the methods that _RefusingLoop got by setattr
