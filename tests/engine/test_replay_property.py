@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from romancy import App, RetryPolicy, Workflow, WorkflowContext, activity, current_activity, workflow
+from romancy import App, RetryPolicy, TerminalError, Workflow, WorkflowContext, activity, current_activity, workflow
 from romancy.testing import VirtualClock, isolated_catalogue
 from tests.support import RESULT_TIMEOUT_S, CrashPlan, crash, rows, until_quiet
 
@@ -30,9 +31,13 @@ def programs() -> st.SearchStrategy[Program]:
     return st.recursive(
         act | sleep,
         lambda inner: st.one_of(
-            st.tuples(st.sampled_from(["seq", "gather", "group", "race"]), st.lists(inner, min_size=1, max_size=3)),
+            st.tuples(
+                st.sampled_from(["seq", "gather", "group", "race", "completed"]),
+                st.lists(inner, min_size=1, max_size=3),
+            ),
             st.tuples(st.just("timeout"), st.integers(0, 6), inner),
             st.tuples(st.just("shield"), inner),
+            st.tuples(st.just("cleanup"), inner),
         ),
         max_leaves=8,
     )
@@ -81,8 +86,6 @@ def make_world(traces: list[list[str]]) -> World:
         if behaviour == "fails" or (behaviour == "flaky" and current.attempt < 3):
             raise ValueError(label)
         if behaviour == "terminal":
-            from romancy import TerminalError
-
             raise TerminalError(label)
         return f"{label}!"
 
@@ -114,6 +117,20 @@ def make_world(traces: list[list[str]]) -> World:
                 order = [n for n, task in enumerate(tasks) if task in done]
                 trace.append(f"race won by {order}")
                 return "".join(name_of(tasks[n].exception() or tasks[n].result()) for n in order)
+            case ("completed", parts):
+                tasks = [asyncio.create_task(run(part, trace, ctx)) for part in parts]
+                found = []
+                for task in asyncio.as_completed(tasks):
+                    try:
+                        found.append(await task)
+                    except Exception as error:
+                        found.append(name_of(error))
+                return ">".join(found)
+            case ("cleanup", inner):
+                try:
+                    return await run(inner, trace, ctx)
+                finally:
+                    trace.append(await act("clean", "ok"))
             case ("timeout", seconds, inner):
                 async with asyncio.timeout(seconds):
                     return await run(inner, trace, ctx)
@@ -149,7 +166,7 @@ def thaw(program: Any) -> Any:
     """JSON lists back to the tuples that ``match`` tells apart from lists of parts."""
     if program[0] in ("act", "sleep"):
         return tuple(program)
-    if program[0] in ("timeout", "shield"):
+    if program[0] in ("timeout", "shield", "cleanup"):
         return (*program[:-1], thaw(program[-1]))
     return (program[0], [thaw(part) for part in program[1]])
 
@@ -216,7 +233,9 @@ async def step_to_next_deadline(app: App, clock: VirtualClock) -> None:
 crash_points = st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["before", "after"])), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=int(os.environ.get("ROMANCY_EXAMPLES", "80")), deadline=None, suppress_health_check=list(HealthCheck)
+)
 @given(programs(), crash_points)
 def test_crashed_and_replayed_run_equals_the_uninterrupted_one(
     program: Program, crashes: list[tuple[int, Literal["before", "after"]]]

@@ -265,7 +265,7 @@ class Writer:
             failure = DatabaseError(f"a flush failed in an unforeseen way: {error!r}")
             failure.__cause__ = error
             error = failure
-        if isinstance(error, FencedError | HOPELESS):
+        if isinstance(error, (FencedError, *HOPELESS)):
             self.stop(error)
             return
         self._failures += 1

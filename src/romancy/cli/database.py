@@ -1,0 +1,153 @@
+"""What the commands do with a database.
+
+Imports of SQLAlchemy and of ``App`` stand where they are needed: they take most of a second, and ``--help`` and
+``--version`` need neither.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from romancy.errors import DatabaseUnavailableError, InstanceNotFoundError
+from romancy.storage.address import SqliteAddress, parse_address
+
+if TYPE_CHECKING:
+    from romancy.model import Instance
+    from romancy.storage.queries import Queries
+
+BUSY_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """What :func:`migrate` did.
+
+    Attributes:
+        from_version: the version of the tables that were there, if any.
+    """
+
+    database: str
+    from_version: str | None
+    to_version: str
+
+    @property
+    def action(self) -> Literal["created", "upgraded", "none"]:
+        """In a word."""
+        if self.from_version is None:
+            return "created"
+        return "none" if self.from_version == self.to_version else "upgraded"
+
+
+@asynccontextmanager
+async def open_queries(database: str) -> AsyncIterator[Queries]:
+    """The read side of a database; nothing is created, written or registered.
+
+    Raises:
+        DatabaseError: there is no such database, or its tables are missing or of another version.
+    """
+    from romancy.storage.queries import Queries  # noqa: PLC0415
+
+    address = _existing(database)
+    _check_tables(address)
+    queries = Queries(address.path, str(address))
+    try:
+        yield queries
+    finally:
+        await queries.dispose()
+
+
+async def read_instance(queries: Queries, instance_id: str, database: str) -> Instance:
+    """One instance.
+
+    Raises:
+        InstanceNotFoundError: there is none with this id.
+    """
+    # What is no valid text (a shell hands on any bytes) can't be stored, nor asked for.
+    is_text = not any("\ud800" <= char <= "\udfff" for char in instance_id)
+    instance = await queries.get_instance(instance_id) if is_text else None
+    if instance is None:
+        raise InstanceNotFoundError(
+            f"there is no instance {instance_id!r} in {database}; find it by a part of its id: romancy list --id PART"
+        )
+    return instance
+
+
+async def resume(database: str, instance_id: str) -> Instance:
+    """Let a suspended instance go on; returns it as it is then.
+
+    Raises:
+        InstanceNotFoundError: there is none with this id.
+        InstanceStateError: it is not suspended.
+        DatabaseError: there is no such database, or its tables are missing or of another version.
+    """
+    from romancy.app import App  # noqa: PLC0415
+
+    async with open_queries(database) as queries:
+        await read_instance(queries, instance_id, database)
+        async with App(database, worker=False, auto_migrate=False) as app:
+            await app.resume(instance_id)
+        return await read_instance(queries, instance_id, database)
+
+
+def migrate(database: str) -> Migration:
+    """Create the tables, or bring them up to date.
+
+    Raises:
+        DatabaseError: the database can't be opened or written, or belongs to a newer version.
+    """
+    from romancy.storage.failures import database_error  # noqa: PLC0415
+    from romancy.storage.migrate import ensure_schema  # noqa: PLC0415
+    from romancy.storage.schema import SCHEMA_VERSION  # noqa: PLC0415
+    from romancy.storage.sqlite import prepare_connection  # noqa: PLC0415
+
+    address = _file_address(database)
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(address.path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        prepare_connection(connection, is_durable=True)
+        return connection
+
+    try:
+        found = ensure_schema(address.path, connect, migrate=True)
+    except sqlite3.Error as error:
+        raise database_error(error, str(address)) from error
+    return Migration(str(address), found, SCHEMA_VERSION)
+
+
+def _existing(database: str) -> SqliteAddress:
+    address = _file_address(database)
+    if not Path(address.path).exists():
+        raise DatabaseUnavailableError(
+            f"there is no database {address}: check the path, or create it with romancy migrate --database {database}"
+        )
+    return address
+
+
+def _file_address(database: str) -> SqliteAddress:
+    address = parse_address(database)
+    if address.is_memory:
+        raise DatabaseUnavailableError(f"{database} lives and ends with its app, unseen from here: name a file")
+    return address
+
+
+def _check_tables(address: SqliteAddress) -> None:
+    from romancy.storage.failures import database_error  # noqa: PLC0415
+    from romancy.storage.migrate import ensure_schema  # noqa: PLC0415
+
+    # Unlike "ro", "rw" leaves no log file behind; neither creates a database.
+    uri = f"{Path(address.path).as_uri()}?mode=rw"
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    try:
+        ensure_schema(address.path, connect, migrate=False)
+    except sqlite3.Error as error:
+        raise database_error(error, str(address)) from error
