@@ -378,21 +378,25 @@ class App:
         instance_id = self._ids.new_id() if id is None else _checked_id(id)
         now = self._clock.now_us()
         worker = self._worker
-        if worker is not None and worker.has_room:
+        if worker is not None and worker.reserve_room():
             row = StartRow(
                 instance_id, 1, definition.name, Status.RUNNING.value, worker.worker_id, None, 0, now, now, now,
                 definition.source_hash, text,
             )  # fmt: skip
-            is_new = await worker.writer.start(row, id is not None, partial(worker.run_started, row, given))
+            is_new = await worker.writer.start(row, id is not None, partial(worker.on_start_settled, row, given))
         else:
             row = StartRow(
                 instance_id, 1, definition.name, Status.PENDING.value, None, 0, 0, now, None, now,
                 definition.source_hash, text,
             )  # fmt: skip
-            is_new = await self._writer.start(row, id is not None, self._hint_worker)
+            is_new = await self._writer.start(row, id is not None, self._on_pending_settled)
         if not is_new:
             await self._check_same_start(instance_id, definition, text)
         return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
+
+    def _on_pending_settled(self, is_new: bool) -> None:
+        if is_new:
+            self._hint_worker()
 
     def _hint_worker(self) -> None:
         if self._worker is not None:

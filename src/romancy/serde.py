@@ -591,7 +591,8 @@ class Signature:
             return codec.decode(text)
         except Exception as error:
             raise SerializationError(
-                f"{self.owner}: the {what} {text[:80]} does not fit its annotation: {_brief(error)}"
+                f"{self.owner}: the {what} {text[:80]} does not fit its annotation: {_brief(error)}. "
+                f"Let the annotation take it, then resume the instance"
             ) from error
 
     def same_arguments(self, stored: str, text: str) -> bool:

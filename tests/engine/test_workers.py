@@ -90,7 +90,8 @@ async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(da
         assert peer._worker is not None
         await peer._worker._scan()
         await crash(app)
-        await peer._worker._scan()
+        peer._worker._others = [row._replace(pid=2**31 - 2) for row in peer._worker._others]
+        peer._worker._hint.set()
         held.go.set()
         assert await (await peer.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
 
@@ -252,6 +253,8 @@ async def test_orphans_of_unknown_workflows_are_given_back_to_everybody(database
     async with App(database, workflows=[other]) as app:
         assert app._worker is not None
         await app._worker._scan()
+        await app._worker._bury_the_gone()
+        await app._worker._take_over()
         assert rows(database, "SELECT status, owner, ready_at FROM romancy_instances") == [("pending", None, 0)]
     held.go.set()
     async with App(database, workflows=[held.flow]) as app:
@@ -425,3 +428,71 @@ async def test_app_started_before_a_fork_refuses_to_work_in_the_child(database: 
         with pytest.raises(AppNotRunningError, match="forked"):
             await app.start_workflow(flow)
         app._process_id = os.getpid()
+
+
+class Crowd:
+    """Workflows that are held back, and how many of them were active at a time."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.active = self.most = 0
+
+        @activity(name="work")
+        async def work() -> None:
+            self.active += 1
+            self.most = max(self.most, self.active)
+            await self.go.wait()
+            self.active -= 1
+
+        @workflow(name="crowd")
+        async def flow(ctx: WorkflowContext) -> None:
+            await work()
+
+        self.flow = flow
+
+
+async def test_starts_on_their_way_count_for_the_room(database: Path) -> None:
+    crowd = Crowd()
+    async with App(database, max_instances=4) as app:
+        handles = await asyncio.gather(*[app.start_workflow(crowd.flow) for _ in range(40)])
+        await until_quiet(app, lambda: crowd.active)
+        crowd.go.set()
+        for handle in handles:
+            await handle.result(RESULT_TIMEOUT_S)
+    assert crowd.most == 4
+
+
+async def test_takeover_fills_the_room_and_goes_on_when_there_is_more(database: Path) -> None:
+    crowd = Crowd()
+    app = App(database)
+    await app.start()
+    handles = await asyncio.gather(*[app.start_workflow(crowd.flow) for _ in range(30)])
+    await crash(app)
+    crowd.active = crowd.most = 0
+    crowd.go.set()
+    began = time.monotonic()
+    async with App(database, max_instances=4) as app:
+        for handle in handles:
+            await (await app.get_handle(handle.instance_id)).result(RESULT_TIMEOUT_S)
+    assert crowd.most <= 4
+    assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S
+
+
+async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(database: Path, clock: VirtualClock) -> None:
+    @workflow
+    async def sleeper(ctx: WorkflowContext) -> None:
+        await ctx.sleep(1000)
+
+    @workflow
+    async def quick(ctx: WorkflowContext) -> str:
+        return "done"
+
+    async with App(database, worker=False) as client:
+        for n in range(3):
+            await client.start_workflow(sleeper, id=f"s{n}")
+        handle = await client.start_workflow(quick, id="q")
+    began = time.monotonic()
+    async with App(database, clock=clock, max_instances=1) as app:
+        handle = await app.get_handle("q", quick)
+        assert await handle.result(RESULT_TIMEOUT_S) == "done"
+    assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S

@@ -64,6 +64,10 @@ def start(name: str) -> StartRow:
     return StartRow(name, 1, "w", "pending", None, 0, 0, 0, None, 0, None, "{}")
 
 
+def ignore(is_new: bool) -> None:
+    pass
+
+
 async def turns(count: int = 5) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
@@ -111,7 +115,7 @@ async def test_failed_flush_is_tried_again_whole_and_starts_hear_of_it(monkeypat
     writer, stopped = make(store)
     member = Member()
     ticket = writer.record(member, event(1))
-    starting = asyncio.ensure_future(writer.start(start("s"), False))
+    starting = asyncio.ensure_future(writer.start(start("s"), False, ignore))
     await turns()
     store.batches[0][1].set_exception(DatabaseLockedError("locked"))
     with pytest.raises(DatabaseLockedError):
@@ -130,8 +134,8 @@ async def test_start_that_is_durable_already_is_not_reported_as_failed(monkeypat
     monkeypatch.setattr(writer_module, "MAX_RETRY_WAIT_S", 0.0)
     store = FakeStore()
     writer, _ = make(store)
-    durable = asyncio.ensure_future(writer.start(start("a"), False))
-    lost = asyncio.ensure_future(writer.start(start("b"), False))
+    durable = asyncio.ensure_future(writer.start(start("a"), False, ignore))
+    lost = asyncio.ensure_future(writer.start(start("b"), False, ignore))
     await turns()
     batch, future = store.batches[0]
     del batch.waiting[0]  # committed in a first half; then the second half failed
@@ -150,7 +154,7 @@ async def test_lost_lease_or_hopeless_database_stops_the_writer(error: DatabaseE
     writer, stopped = make(store)
     calls: list[str] = []
     writer.when_durable(writer.record(Member(), event(1)), lambda: calls.append("never"))
-    starting = asyncio.ensure_future(writer.start(start("s"), False))
+    starting = asyncio.ensure_future(writer.start(start("s"), False, ignore))
     await turns()
     store.batches[0][1].set_exception(error)
     with pytest.raises(type(error)):
@@ -158,22 +162,22 @@ async def test_lost_lease_or_hopeless_database_stops_the_writer(error: DatabaseE
     assert stopped == [error]
     assert calls == []
     with pytest.raises(AppNotRunningError):
-        await writer.start(start("t"), False)
+        await writer.start(start("t"), False, ignore)
     await writer.drained()
 
 
 async def test_cancelled_caller_does_not_undo_its_start() -> None:
     store = FakeStore()
     writer, _ = make(store)
-    ran: list[str] = []
-    starting = asyncio.ensure_future(writer.start(start("s"), False, lambda: ran.append("s")))
+    ran: list[bool] = []
+    starting = asyncio.ensure_future(writer.start(start("s"), False, ran.append))
     await turns()
     starting.cancel()
     await turns()
     store.batches[0][1].set_result(None)
     await writer.drained()
     await turns()
-    assert ran == ["s"]
+    assert ran == [True]
 
 
 async def test_refused_member_hears_of_it_and_its_later_rows_are_left_out() -> None:
@@ -196,7 +200,7 @@ async def test_starts_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "MAX_WAITING_ROWS", 3)
     store = FakeStore()
     writer, _ = make(store)
-    starts = [asyncio.ensure_future(writer.start(start(str(n)), False)) for n in range(8)]
+    starts = [asyncio.ensure_future(writer.start(start(str(n)), False, ignore)) for n in range(8)]
     await turns()
     seen = 0
     while not all(task.done() for task in starts):

@@ -130,6 +130,9 @@ class Worker:
         self._live: dict[str, LiveInstance] = {}
         self._waiting: OrderedDict[str, LiveInstance] = OrderedDict()
         self._others: list[WorkerRow] = []
+        self._dead: dict[str, WorkerRow] = {}
+        self._reserved = 0
+        self._wants_room = False
         self._next_due_us: int | None = None
         self._is_stopping = False
         self._is_stopped = False
@@ -217,17 +220,28 @@ class Worker:
     # -- instances ---------------------------------------------------------------------------------
 
     @property
-    def has_room(self) -> bool:
-        """Whether a further instance may run here now."""
-        return not self._is_stopping and len(self._live) - len(self._waiting) < self._settings.max_instances
+    def room(self) -> int:
+        """How many further instances may run here now; those that wait for time alone take no room."""
+        if self._is_stopping:
+            return 0
+        return self._settings.max_instances - (len(self._live) - len(self._waiting)) - self._reserved
+
+    def reserve_room(self) -> bool:
+        """Keep a place for a start that is on its way to the database; ``False`` when there is none."""
+        if self.room <= 0:
+            return False
+        self._reserved += 1
+        return True
 
     def is_live(self, instance_id: str) -> bool:
         """Whether the instance is in this worker's memory."""
         return instance_id in self._live
 
-    def run_started(self, row: StartRow, given: Arguments) -> None:
+    def on_start_settled(self, row: StartRow, given: Arguments, is_new: bool) -> None:
         """Run an instance that was just stored as this worker's own, with the input that it was stored with."""
-        if self._is_stopping:
+        self._reserved -= 1
+        if not is_new or self._is_stopping:
+            self._on_room()
             return
         assert row.started_at is not None
         claimed = ClaimedRow(
@@ -280,6 +294,7 @@ class Worker:
         self._waiting.move_to_end(instance.instance_id)
         if len(self._waiting) > self._settings.max_hot_instances:
             self._loop.call_soon(self._evict)
+        self._on_room()
 
     def _evict(self) -> None:
         """Put the instances to bed that have waited longest."""
@@ -301,7 +316,12 @@ class Worker:
         if self._live.get(instance.instance_id) is instance:
             del self._live[instance.instance_id]
         self._waiting.pop(instance.instance_id, None)
-        if len(self._live) - len(self._waiting) == self._settings.max_instances - 1:
+        self._on_room()
+
+    def _on_room(self) -> None:
+        """A place may have become free: go on with the claims that were waiting for one."""
+        if self._wants_room and self.room > 0:
+            self._wants_room = False
             self._hint.set()
 
     # -- looking for work --------------------------------------------------------------------------
@@ -321,8 +341,9 @@ class Worker:
         await self._scan()
         next_scan = self._loop.time() + min(SCAN_INTERVAL_S, self._settings.lease_ttl_s / 2)
         while True:
+            await self._bury_the_gone()
+            await self._take_over()
             await self._claim_due()
-            await self._take_over_gone()
             wait_s = next_scan - self._loop.time()
             if wait_s <= 0:
                 return
@@ -337,7 +358,7 @@ class Worker:
             return
 
     def _seconds_to_next_due(self) -> float:
-        if self._next_due_us is None or not self.has_room:
+        if self._next_due_us is None or self.room <= 0:
             return SCAN_INTERVAL_S
         return (self._next_due_us - self.clock.now_us()) / 1_000_000
 
@@ -346,50 +367,56 @@ class Worker:
         return GONE_CHECK_INTERVAL_S if any(row.host == here for row in self._others) else SCAN_INTERVAL_S
 
     async def _scan(self) -> None:
-        """Look at the other workers and at the next due time; take over from the dead."""
+        """Look at the other workers and at the next due time."""
         rows, self._next_due_us = await _done(self._store.scan())
         if all(row.worker_id != self.worker_id or row.state != "alive" for row in rows):
             raise FencedError(f"worker {self.worker_id} has lost its lease")
-        self._others = [row for row in rows if row.worker_id != self.worker_id]
+        self._others = [row for row in rows if row.worker_id != self.worker_id and row.state == "alive"]
+        self._dead = {row.worker_id: row for row in rows if row.state == "dead"}
         now = self._lease_clock.now_us()
-        for row in list(self._others):
-            if row.state == "dead":
-                await self._take_over(row)
-            elif row.lease_until < now or is_gone(row):
-                await self._bury(row)
+        for row in [row for row in self._others if row.lease_until < now]:
+            await self._bury(row)
 
-    async def _take_over_gone(self) -> None:
-        for row in [row for row in self._others if row.state == "alive" and is_gone(row)]:
+    async def _bury_the_gone(self) -> None:
+        for row in [row for row in self._others if is_gone(row)]:
             await self._bury(row)
 
     async def _bury(self, row: WorkerRow) -> None:
-        """Mark a worker dead, then take its instances; its commit in flight, if any, ends before or fails after."""
-        if await _done(self._store.bury(row.worker_id, self._lease_clock.now_us(), is_gone=is_gone(row))):
-            logger.warning("worker %s (%s) is dead; taking over its instances", row.name, row.worker_id)
-            await self._take_over(row)
+        """Mark a worker dead; its commit in flight, if any, ends before that or fails after."""
+        has_gone = is_gone(row)
+        if await _done(self._store.bury(row.worker_id, self._lease_clock.now_us(), is_gone=has_gone)):
+            # A restart after a crash is everyday life; a worker that fell silent is not.
+            level = logging.INFO if has_gone else logging.WARNING
+            logger.log(level, "worker %s (%s) is dead; taking over its instances", row.name, row.worker_id)
+            self._dead[row.worker_id] = row
         self._others = [other for other in self._others if other.worker_id != row.worker_id]
 
-    async def _take_over(self, dead: WorkerRow) -> None:
-        while self.has_room:
-            now = self.clock.now_us()
-            rows = await _done(self._store.claim_from(dead.worker_id, self.worker_id, now, CLAIM_SIZE))
-            if not rows:
-                self._others = [other for other in self._others if other.worker_id != dead.worker_id]
-                self._next_due_us = 0
+    async def _take_over(self) -> None:
+        """Claim the instances of dead workers, as far as there is room; the rest when there is."""
+        while self._dead:
+            if self.room <= 0:
+                self._wants_room = True
                 return
-            await self._resume(rows)
+            dead_id = next(iter(self._dead))
+            limit = min(CLAIM_SIZE, self.room)
+            rows = await _done(self._store.claim_from(dead_id, self.worker_id, self.clock.now_us(), limit))
+            if rows:
+                await self._resume(rows)
+            else:
+                del self._dead[dead_id]
+                self._next_due_us = await _done(self._store.next_due())
 
     async def _claim_due(self) -> None:
-        """Claim what nobody owns and whose time has come."""
-        while self.has_room and self._next_due_us is not None and self._next_due_us <= self.clock.now_us():
-            rows = await _done(self._store.claim_ready(self.worker_id, self.clock.now_us(), CLAIM_SIZE))
-            if len(rows) < CLAIM_SIZE:
+        """Claim what nobody owns and whose time has come, as far as there is room."""
+        while self._next_due_us is not None and self._next_due_us <= self.clock.now_us():
+            if self.room <= 0:
+                self._wants_room = True
+                return
+            limit = min(CLAIM_SIZE, self.room)
+            rows = await _done(self._store.claim_ready(self.worker_id, self.clock.now_us(), limit))
+            if len(rows) < limit:
                 self._next_due_us = await _done(self._store.next_due())
             await self._resume(rows)
-            if not rows:
-                # What is due belongs to workflows that this app does not have.
-                self._next_due_us = None
-                return
 
     async def _resume(self, rows: Sequence[ClaimedRow]) -> None:
         """Bring claimed instances back to where their history ends."""

@@ -50,14 +50,14 @@ class Recorder:
 
 
 class Start:
-    """A start on its way: who waits for it, and what is to happen once it is durable."""
+    """A start on its way: who waits for it, and who acts on it."""
 
-    __slots__ = ("future", "is_keyed", "on_durable", "row")
+    __slots__ = ("_on_settled", "future", "is_keyed", "row")
 
-    def __init__(self, row: StartRow, is_keyed: bool, on_durable: Callable[[], None] | None) -> None:
+    def __init__(self, row: StartRow, is_keyed: bool, on_settled: Callable[[bool], None]) -> None:
         self.row = row
         self.is_keyed = is_keyed
-        self.on_durable = on_durable
+        self._on_settled: Callable[[bool], None] | None = on_settled
         self.future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def on_refused(self, error: DatabaseError) -> None:
@@ -66,15 +66,20 @@ class Start:
 
     def fail(self, error: BaseException) -> None:
         """Tell the caller, unless it has gone."""
+        self._settle(False)
         if not self.future.done():
             self.future.set_exception(error)
 
     def succeed(self, is_new: bool) -> None:
         """The instance is durable; go on with it."""
-        if is_new and self.on_durable is not None:
-            self.on_durable()
+        self._settle(is_new)
         if not self.future.done():
             self.future.set_result(is_new)
+
+    def _settle(self, is_new: bool) -> None:
+        on_settled, self._on_settled = self._on_settled, None
+        if on_settled is not None:
+            on_settled(is_new)
 
 
 class BatchStore(Protocol):
@@ -141,10 +146,15 @@ class Writer:
         self._schedule()
         return batch.number
 
-    async def start(self, row: StartRow, is_keyed: bool, on_durable: Callable[[], None] | None = None) -> bool:
+    async def start(self, row: StartRow, is_keyed: bool, on_settled: Callable[[bool], None]) -> bool:
         """Store a new instance; returns, once it is durable, whether it is new.
 
         A caller that is cancelled meanwhile doesn't undo the start.
+
+        Args:
+            row: the instance.
+            is_keyed: whether the id came from the user, so that an existing instance is no fault.
+            on_settled: called once, with whether this start has made a new, durable instance.
 
         Raises:
             DatabaseError: the database can't take it now; nothing was stored.
@@ -152,9 +162,15 @@ class Writer:
         while self._open.row_count >= MAX_WAITING_ROWS and self.stopped_by is None:
             waiter = self._loop.create_future()
             self._room.append(waiter)
-            await waiter
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                on_settled(False)
+                raise
+        if self.stopped_by is not None:
+            on_settled(False)
         self._check_open()
-        start = Start(row, is_keyed, on_durable)
+        start = Start(row, is_keyed, on_settled)
         party = Party(start)
         (party.keyed_starts if is_keyed else party.starts).append(row)
         self._open.waiting.append(party)
