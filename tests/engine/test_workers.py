@@ -496,3 +496,8 @@ async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(database
         handle = await app.get_handle("q", quick)
         assert await handle.result(RESULT_TIMEOUT_S) == "done"
     assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S
+
+
+async def test_app_without_any_workflow_starts(database: Path) -> None:
+    async with App(database, workflows=[]) as app:
+        assert (await app.list_instances()).instances == ()

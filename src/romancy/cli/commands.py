@@ -18,9 +18,9 @@ from rich.text import Text
 from romancy._version import __version__
 from romancy.cli import database as db
 from romancy.cli import documents, worker
-from romancy.cli.details import command, instance_details, next_steps
+from romancy.cli.details import instance_details, next_steps
 from romancy.cli.tables import history_table, instance_table
-from romancy.cli.text import printable
+from romancy.cli.text import command, printable
 from romancy.errors import InstanceNotFoundError, RomancyError
 from romancy.model import HistoryEvent, Instance, InstancePage, Status
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from romancy.cli.text import command
 from romancy.errors import DatabaseUnavailableError, InstanceNotFoundError
 from romancy.storage.address import SqliteAddress, parse_address
 
@@ -72,7 +73,8 @@ async def read_instance(queries: Queries, instance_id: str, database: str) -> In
     instance = await queries.get_instance(instance_id) if is_text else None
     if instance is None:
         raise InstanceNotFoundError(
-            f"there is no instance {instance_id!r} in {database}; find it by a part of its id: romancy list --id PART"
+            f"there is no instance {instance_id!r}; find it by a part of its id: "
+            + command("list", "--database", database, "--id", "PART")
         )
     return instance
 
@@ -123,7 +125,8 @@ def _existing(database: str) -> SqliteAddress:
     address = _file_address(database)
     if not Path(address.path).exists():
         raise DatabaseUnavailableError(
-            f"there is no database {address}: check the path, or create it with romancy migrate --database {database}"
+            f"there is no database {address}: check the path, or create it: "
+            + command("migrate", "--database", database)
         )
     return address
 

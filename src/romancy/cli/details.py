@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from romancy.cli.tables import STATUS_STYLES, took
-from romancy.cli.text import duration, exact_time, printable, printable_lines
+from romancy.cli.text import command, duration, exact_time, printable, printable_lines
 from romancy.model import ErrorInfo, Instance, Status
 
 INDENT = 2
@@ -46,11 +45,6 @@ def next_steps(instance: Instance, database: str) -> Iterator[str]:
             pass
     yield "Each step it has taken:"
     yield command("history", instance.instance_id, "--database", database)
-
-
-def command(*words: str) -> str:
-    """A command of this program, quoted for a shell."""
-    return shlex.join(["romancy", *words])
 
 
 def _facts(instance: Instance, now: datetime) -> RenderableType:

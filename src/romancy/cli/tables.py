@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from romancy.cli.text import crop, duration, exact_time, fold, full_time, printable, short_time
+from romancy.cli.text import crop, day_or_time, duration, exact_time, fold, full_time, printable, short_time
 from romancy.model import ErrorInfo, HistoryEvent, HistoryKind, Instance, Status
 
 WIDE = 110
@@ -54,7 +54,7 @@ def instance_table(instances: Sequence[Instance], width: int, now: datetime) -> 
             Cell(printable(instance.instance_id)),
             Cell(printable(instance.workflow_name)),
             Cell(instance.status, STATUS_STYLES.get(instance.status, "")),
-            Cell(full_time(instance.created_at) if width >= WIDE else short_time(instance.created_at, now), "dim"),
+            Cell(full_time(instance.created_at) if width >= WIDE else day_or_time(instance.created_at, now), "dim"),
             Cell(took(instance, now)),
         )
         for instance in instances

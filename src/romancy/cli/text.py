@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from datetime import datetime, timedelta
 
 from rich.cells import cell_len, chop_cells
@@ -61,6 +62,14 @@ def short_time(time: datetime, now: datetime) -> str:
     return time.strftime("%m-%d %H:%M" if time.year == now.year else "%Y-%m-%d")
 
 
+def day_or_time(time: datetime, now: datetime) -> str:
+    """The local time in at most eight characters: ``14:05:12`` today, else ``Nov 19``, else ``Nov 2025``."""
+    time, now = time.astimezone(), now.astimezone()
+    if time.date() == now.date():
+        return time.strftime("%H:%M:%S")
+    return time.strftime("%b %d" if time.year == now.year else "%b %Y")
+
+
 def fold(text: str, width: int) -> str:
     """The text on lines of at most this many cells, broken between its parts where that wastes little."""
     lines: list[str] = []
@@ -76,3 +85,8 @@ def fold(text: str, width: int) -> str:
 def crop(text: str, cells: int) -> str:
     """The text, cut off with an ellipsis where it is wider than this."""
     return text if cell_len(text) <= cells else chop_cells(text, cells - 1)[0] + "…"
+
+
+def command(*words: str) -> str:
+    """A command of this program, quoted for a shell."""
+    return shlex.join(["romancy", *words])

@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,16 +63,15 @@ async def run_until_signal(app: App, tell: Callable[[Moment], None]) -> None:
     Raises:
         RomancyError: the app can't start, or stopped by itself.
     """
-    asked = asyncio.Event()
-    _on_signals(asyncio.get_running_loop(), asked)
-    await app.start()
-    try:
-        tell("started")
-        await _until_asked_or_broken(app, asked)
-        tell("stopping")
-    finally:
-        await app.shutdown()
-    tell("stopped")
+    with _signals_caught(asyncio.get_running_loop()) as asked:
+        await app.start()
+        try:
+            tell("started")
+            await _until_asked_or_broken(app, asked)
+            tell("stopping")
+        finally:
+            await app.shutdown()
+        tell("stopped")
 
 
 def leave(exit_code: int) -> None:
@@ -81,8 +81,13 @@ def leave(exit_code: int) -> None:
         _exit_at_once(exit_code)
 
 
-def _on_signals(loop: asyncio.AbstractEventLoop, asked: asyncio.Event) -> None:
-    """Not by ``loop.add_signal_handler``: a second signal must end a process whose loop is blocked, too."""
+@contextmanager
+def _signals_caught(loop: asyncio.AbstractEventLoop) -> Iterator[asyncio.Event]:
+    """The event is set by the first signal.
+
+    Not by ``loop.add_signal_handler``: a second signal must end a process whose loop is blocked, too.
+    """
+    asked = asyncio.Event()
     is_second = False
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -92,8 +97,12 @@ def _on_signals(loop: asyncio.AbstractEventLoop, asked: asyncio.Event) -> None:
         is_second = True
         loop.call_soon_threadsafe(asked.set)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _exit_at_once(code: int) -> None:

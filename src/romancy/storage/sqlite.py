@@ -240,7 +240,13 @@ class SqliteStore:
     def renew(self, worker_id: str, lease_until: int) -> Future[bool]:
         """Lengthen the lease; ``False`` when it was lost."""
         statement = self._statements.renew(me=worker_id, lease_until=lease_until)
-        return self._write(lambda connection: self._run(connection, statement) == 1)
+
+        def job(connection: sqlite3.Connection) -> bool:
+            is_alive = self._run(connection, statement) == 1
+            self.has_changed()  # that was us; should somebody else have been as quick, the next scan sees it
+            return is_alive
+
+        return self._write(job)
 
     def scan(self) -> Future[tuple[list[WorkerRow], int | None]]:
         """All workers, and the earliest time at which an instance without an owner may be claimed."""

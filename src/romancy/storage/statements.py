@@ -12,6 +12,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    false,
     func,
     insert,
     literal,
@@ -122,7 +123,8 @@ class Statements:
             )
             .values(state="dead")
         )
-        known = instances.c.workflow_name.in_([bindparam(f"name_{n}", name) for n, name in enumerate(workflow_names)])
+        names = [bindparam(f"name_{n}", name) for n, name in enumerate(workflow_names)]
+        known = instances.c.workflow_name.in_(names) if names else false()
         next_due = (
             select(func.min(instances.c.ready_at))
             .where(
