@@ -1,7 +1,7 @@
 """``@workflow`` and ``@activity``: what users define, and the catalogue of names.
 
-Definitions hold no running state. Calling an activity looks for a workflow that is running on this thread's
-event loop; without one, the call is the plain function.
+Definitions hold no running state. Calling an activity looks for a workflow that is running on this thread;
+without one, the call is the plain function.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import inspect
 import threading
-from asyncio import _get_running_loop  # documented for implementers of event loops
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType
@@ -63,8 +62,14 @@ class WorkflowHost(Protocol):
         ...
 
 
-def _running_host() -> WorkflowHost | None:
-    return getattr(_get_running_loop(), "workflow_host", None)
+class _Running(threading.local):
+    """What runs on this thread just now."""
+
+    host: WorkflowHost | None = None
+
+
+RUNNING = _Running()
+"""Set by a workflow's event loop while it runs. (Asking asyncio for the running loop costs a system call.)"""
 
 
 def place_of(fn: Callable[..., Any]) -> str:
@@ -118,7 +123,7 @@ class Activity(Generic[P, R]):
         self.__module__ = fn.__module__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        host: WorkflowHost | None = getattr(_get_running_loop(), "workflow_host", None)
+        host = RUNNING.host
         if host is None:
             return cast("Coroutine[Any, Any, R]", self.fn(*args, **kwargs))
         return host.call_activity(self, DEFAULT_OPTIONS, args, kwargs)
@@ -157,7 +162,7 @@ class BoundActivity(Generic[P, R]):
         self._options = options
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        host = _running_host()
+        host = RUNNING.host
         if host is None:
             return self._activity(*args, **kwargs)
         return host.call_activity(self._activity, self._options, args, kwargs)

@@ -16,10 +16,9 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from json.encoder import encode_basestring
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import typing_extensions
 
@@ -374,8 +373,7 @@ def is_object_shaped(annotation: Any) -> bool:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(NamedTuple):
     """The arguments of one call: as stored, and as the callee gets them."""
 
     text: str
@@ -509,10 +507,10 @@ class Signature:
         name, key, codec = self._codecs[0]
         if keyed == "{}":
             # Left to its default. An object as such reads like an empty one, so that the default must be stored.
-            return replace(arguments, text=self._default_text(name, codec)) if self._object_shaped else arguments
+            return arguments._replace(text=self._default_text(name, codec)) if self._object_shaped else arguments
         bare = keyed[len(key) + 1 : -1]
         if self._object_shaped or (bare.startswith("{") and bare != "{}" and not _has_single_key(bare, name)):
-            return replace(arguments, text=bare)
+            return arguments._replace(text=bare)
         return arguments
 
     def _default_text(self, name: str, codec: Codec) -> str:

@@ -424,7 +424,7 @@ async def test_damaged_pages_stop_the_app_with_a_typed_error_when_they_are_writt
     async with _damaged(database) as (app, gate, _):
         with pytest.raises(DatabaseCorruptError):
             await app.start_workflow(gate.workflow)
-        with pytest.raises(AppNotRunningError, match="the app has stopped, for .*the file is damaged"):
+        with pytest.raises(AppNotRunningError, match=r"the app has stopped, for .*the file is damaged"):
             await app.start_workflow(gate.workflow)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import count
@@ -264,11 +265,16 @@ def _define() -> None:
 
 
 async def _put(app: App, rows: list[tuple[str, str, str, Any, int]]) -> None:
-    for instance_id, name, status, document, created_at in rows:
-        row = StartRow(
-            instance_id, 1, name, status, None, None, 0, created_at, None, created_at, None, json.dumps(document)
-        )
-        await app._writer.start(row, False)
+    """Instances with the times that a test wants, as if they had been started."""
+    connection = sqlite3.connect(app._store.path)
+    connection.executemany(
+        "INSERT INTO romancy_instances "
+        "(instance_id, run, workflow_name, status, claims, created_at, updated_at, input) "
+        "VALUES (?, 1, ?, ?, 0, ?, ?, ?)",
+        [(key, name, status, at, at, json.dumps(document)) for key, name, status, document, at in rows],
+    )
+    connection.commit()
+    connection.close()
 
 
 async def _ids(app: App, **query: Any) -> list[str]:

@@ -88,13 +88,13 @@ def _signals_caught(loop: asyncio.AbstractEventLoop) -> Iterator[asyncio.Event]:
     Not by ``loop.add_signal_handler``: a second signal must end a process whose loop is blocked, too.
     """
     asked = asyncio.Event()
-    is_second = False
+    caught: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        nonlocal is_second
-        if is_second:
+        # Counted in one step, for a second signal may interrupt the handler of the first.
+        caught.append(number)
+        if len(caught) > 1:
             _exit_at_once(128 + number)
-        is_second = True
         loop.call_soon_threadsafe(asked.set)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -136,7 +136,7 @@ class ActivityRunner:
             coroutine = activity.fn(*arguments.args, **arguments.kwargs)
             task = asyncio.Task(coroutine, loop=self._loop, name=operation.id, context=context)
             attempt.handle = task
-            task.add_done_callback(partial(self._on_task_done, attempt))
+            task.add_done_callback(partial(self._on_task_done, attempt), context=self._base_context)
         else:
             thread = self._threads.submit(context.run, activity.fn, *arguments.args, **arguments.kwargs)
             attempt.handle = thread

@@ -53,6 +53,7 @@ class InstanceHost(Protocol):
     """What an instance needs of its worker."""
 
     worker_id: str
+    loop: asyncio.AbstractEventLoop
     writer: Writer
     timers: TimerQueue
     clock: Clock
@@ -149,7 +150,7 @@ class LiveInstance(Recorder):
         self._gate_waiters: list[asyncio.Future[None]] | None = None
         self._recorded_status = row.status
         self._claims = row.claims
-        self._loop = make_loop(self)
+        self._loop = make_loop(self, host.loop)
         self._context = WorkflowContext(self)
         args, kwargs = workflow.signature.decode_input(row.input) if given is None else (given.args, given.kwargs)
         self._main = start_task(self._loop, workflow.fn(self._context, *args, **kwargs), workflow.name)
@@ -296,7 +297,7 @@ class LiveInstance(Recorder):
 
     def _start_activity(self, operation: ActivityOperation) -> None:
         """Start it now, after its backoff, or once everything before it is durable."""
-        if operation.due_us > self._host.clock.now_us():
+        if operation.due_us and operation.due_us > self._host.clock.now_us():
             operation.backoff = self._host.timers.add(operation.due_us, lambda: self._after_backoff(operation))
         elif self.ticket <= self._host.writer.committed:
             self._run_activity(operation)
@@ -336,7 +337,7 @@ class LiveInstance(Recorder):
 
     def _settle(self) -> None:
         """Note in the database, and with the worker, whether only time is waited for."""
-        is_waiting = not self.running_count and not self._blocked and not self._is_gated
+        is_waiting = not (self.running_count or self._blocked or self._is_gated)
         if is_waiting and not self._open_timers and not self._open_activities:
             self.park(
                 ForbiddenInWorkflowError(

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from asyncio import _get_running_loop, _set_running_loop  # documented for implementers of event loops
+from asyncio import _set_running_loop  # documented for implementers of event loops
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from typing import Any, NoReturn, Protocol
 
+from romancy.definitions import RUNNING, WorkflowHost
 from romancy.errors import ForbiddenInWorkflowError
 
 logger = logging.getLogger("romancy.workflow")
@@ -28,28 +29,22 @@ MAX_CALLBACKS_PER_STEP = 1_000_000
 class ReadyCallback:
     """What ``call_soon`` returns: a callback that may be cancelled."""
 
-    __slots__ = ("_args", "_callback", "_context", "_is_cancelled")
+    __slots__ = ("args", "callback", "context")
 
     def __init__(self, callback: Callable[..., Any], args: tuple[Any, ...], context: Context | None) -> None:
-        self._callback: Callable[..., Any] | None = callback
-        self._args = args
-        self._context = copy_context() if context is None else context
-        self._is_cancelled = False
+        self.callback: Callable[..., Any] | None = callback
+        self.args = args
+        self.context = copy_context() if context is None else context
 
     def cancel(self) -> None:
-        self._is_cancelled = True
-        self._callback = None
-        self._args = ()
+        self.callback = None
+        self.args = ()
 
     def cancelled(self) -> bool:
-        return self._is_cancelled
-
-    def run(self) -> None:
-        if self._callback is not None:
-            self._context.run(self._callback, *self._args)
+        return self.callback is None
 
 
-class LoopHost(Protocol):
+class LoopHost(WorkflowHost, Protocol):
     """What the loop needs from the instance that it runs."""
 
     def workflow_time_us(self) -> int:
@@ -212,12 +207,14 @@ def _refuse_unordered_start(coroutine: Any) -> None:
 class WorkflowLoop(_RefusingLoop):
     """The event loop of one workflow instance.
 
-    Attributes:
-        workflow_host: the instance; activities called on this loop go there.
+    Args:
+        host: the instance; activities called on this loop go there.
+        outer: the real loop, whose callbacks run this one.
     """
 
-    def __init__(self, host: LoopHost) -> None:
+    def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop) -> None:
         self.workflow_host: LoopHost = host
+        self._outer = outer
         self.tasks: list[asyncio.Task[Any]] = []
         self._ready: deque[ReadyCallback] = deque()
         self._prune_at = 16
@@ -233,14 +230,17 @@ class WorkflowLoop(_RefusingLoop):
             ForbiddenInWorkflowError: they never come to an end.
         """
         ready = self._ready
-        outer = _get_running_loop()
+        outer = self._outer
         hooks = sys.get_asyncgen_hooks()
         _set_running_loop(self)
-        sys.set_asyncgen_hooks(firstiter=None, finalizer=self._finalize_asyncgen)
+        RUNNING.host = self.workflow_host
+        sys.set_asyncgen_hooks(None, self._finalize_asyncgen)
         budget = MAX_CALLBACKS_PER_STEP
         try:
             while ready:
-                ready.popleft().run()
+                callback = ready.popleft()
+                if callback.callback is not None:
+                    callback.context.run(callback.callback, *callback.args)
                 budget -= 1
                 if budget == 0:
                     ready.clear()
@@ -251,6 +251,7 @@ class WorkflowLoop(_RefusingLoop):
                     )
         finally:
             sys.set_asyncgen_hooks(*hooks)
+            RUNNING.host = None
             _set_running_loop(outer)
 
     def make_ready(self, callback: ReadyCallback) -> None:
@@ -265,17 +266,19 @@ class WorkflowLoop(_RefusingLoop):
         """
         self._is_closed = True
         self._ready.clear()
-        outer = _get_running_loop()
-        _set_running_loop(self)
-        try:
-            for task in self.tasks:
-                if not task.done():
+        pending = [task for task in self.tasks if not task.done()]
+        if pending:
+            _set_running_loop(self)
+            RUNNING.host = self.workflow_host
+            try:
+                for task in pending:
                     _close(task)
-        finally:
-            _set_running_loop(outer)
-            self._ready.clear()
-            self.tasks.clear()
-            del self.workflow_host
+            finally:
+                RUNNING.host = None
+                _set_running_loop(self._outer)
+        self._ready.clear()
+        self.tasks.clear()
+        del self.workflow_host
 
     def _finalize_asyncgen(self, agen: Any) -> None:
         if not self._is_closed:
@@ -367,10 +370,10 @@ RUN_READY_CODE = WorkflowLoop.run_ready.__code__
 """Where the engine ends and workflow code begins, on the stack."""
 
 
-def make_loop(host: LoopHost) -> WorkflowLoop:
-    """A loop for one instance."""
+def make_loop(host: LoopHost, outer: asyncio.AbstractEventLoop) -> WorkflowLoop:
+    """A loop for one instance, run by the loop ``outer``."""
     kind: Any = WorkflowLoop  # type checkers don't see the methods that _RefusingLoop got by setattr
-    loop: WorkflowLoop = kind(host)
+    loop: WorkflowLoop = kind(host, outer)
     return loop
 
 

@@ -92,7 +92,10 @@ class ActivityOperation(Operation):
         options: CallOptions,
         arguments: Arguments,
     ) -> None:
-        super().__init__(operation_id, position, place)
+        # As Operation.__init__ does it; without the call, for there is one of these for every step.
+        self.id = operation_id
+        self.position = position
+        self.place = place
         self.activity = activity
         self.options = options
         self.arguments = arguments

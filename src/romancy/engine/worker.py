@@ -115,7 +115,7 @@ class Worker:
         self._workflows: Mapping[str, Workflow[..., Any]] = catalogue.workflows
         self._lease_clock = lease_clock
         self._listener = listener
-        self._loop = asyncio.get_running_loop()
+        self.loop = self._loop = asyncio.get_running_loop()
         self._lease = Lease(
             store,
             self.worker_id,

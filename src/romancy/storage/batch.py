@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from romancy.errors import DatabaseError
 from romancy.storage.failures import is_row_error
@@ -18,6 +18,10 @@ class Member(Protocol):
         ...
 
 
+NO_ROWS: list[Any] = []
+"""Shared by all parties until they have rows of that kind; never changed."""
+
+
 class Party:
     """The rows of one member; they are written together or not at all."""
 
@@ -25,10 +29,10 @@ class Party:
 
     def __init__(self, member: Member) -> None:
         self.member = member
-        self.starts: list[StartRow] = []
-        self.keyed_starts: list[StartRow] = []
-        self.history: list[HistoryRow] = []
-        self.states: list[StateRow] = []
+        self.starts: list[StartRow] = NO_ROWS
+        self.keyed_starts: list[StartRow] = NO_ROWS
+        self.history: list[HistoryRow] = NO_ROWS
+        self.states: list[StateRow] = NO_ROWS
 
 
 class Batch:

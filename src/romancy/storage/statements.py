@@ -123,7 +123,7 @@ class Statements:
             )
             .values(state="dead")
         )
-        names = [bindparam(f"name_{n}", name) for n, name in enumerate(workflow_names)]
+        names: list[BindParameter[str]] = [bindparam(f"name_{n}", name) for n, name in enumerate(workflow_names)]
         known = instances.c.workflow_name.in_(names) if names else false()
         next_due = (
             select(func.min(instances.c.ready_at))

@@ -54,11 +54,13 @@ class Start:
 
     __slots__ = ("_on_settled", "future", "is_keyed", "row")
 
-    def __init__(self, row: StartRow, is_keyed: bool, on_settled: Callable[[bool], None]) -> None:
+    def __init__(
+        self, row: StartRow, is_keyed: bool, on_settled: Callable[[bool], None], future: asyncio.Future[bool]
+    ) -> None:
         self.row = row
         self.is_keyed = is_keyed
         self._on_settled: Callable[[bool], None] | None = on_settled
-        self.future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.future = future
 
     def on_refused(self, error: DatabaseError) -> None:
         """Tell the caller."""
@@ -138,10 +140,17 @@ class Writer:
             recorder.ticket = batch.number
             recorder.party = Party(recorder)
             batch.waiting.append(recorder.party)
+        party = recorder.party
         if event is not None:
-            recorder.party.history.append(event)
+            if party.history:
+                party.history.append(event)
+            else:
+                party.history = [event]
         if state is not None:
-            recorder.party.states.append(state)
+            if party.states:
+                party.states.append(state)
+            else:
+                party.states = [state]
         batch.row_count += 1
         self._schedule()
         return batch.number
@@ -170,9 +179,12 @@ class Writer:
         if self.stopped_by is not None:
             on_settled(False)
         self._check_open()
-        start = Start(row, is_keyed, on_settled)
+        start = Start(row, is_keyed, on_settled, self._loop.create_future())
         party = Party(start)
-        (party.keyed_starts if is_keyed else party.starts).append(row)
+        if is_keyed:
+            party.keyed_starts = [row]
+        else:
+            party.starts = [row]
         self._open.waiting.append(party)
         self._open.row_count += 1
         self._starts.append(start)

@@ -1,0 +1,213 @@
+"""Run the benchmarks and print how Romancy compares with the floor, with its peers and with its goals.
+
+    uv run python benchmarks/run.py [--quick] [--only WORK] [--runs N] [--no-peers]
+
+See benchmarks/README.md for what each line means.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from peers.common import Result
+from plan import Case, cases
+from report import Raw, markdown, rich_table, tabulate
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / "build"
+RESULTS = HERE / "results"
+JOB_TIMEOUT_S = 1_200
+FLUSHES = 200
+MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console()
+    args.dir.mkdir(parents=True, exist_ok=True)
+    refuse_memory(args.dir)
+    peers_python = None if args.no_peers else args.peers_python or sync_peers(console)
+    chosen = [case for case in cases(is_quick=args.quick) if not args.only or case.work in args.only]
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.dir, ignore_cleanup_errors=True) as made:
+        environment = describe_machine(Path(made))
+        raw = run_all(chosen, args.runs, Runner(Path(made), peers_python), console)
+    record = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "options": {
+            "quick": args.quick,
+            "only": args.only,
+            "runs": args.runs,
+            "peers": peers_python is not None,
+        },
+        "environment": environment,
+    }
+    is_one_version = sources_digest() == environment["sources"]
+    record["is_one_version"] = is_one_version
+    rows = tabulate(chosen, raw)
+    save(record, raw, markdown(record, rows), is_complete=not args.quick and not args.only and is_one_version)
+    console.print(rich_table(rows))
+    if not is_one_version:
+        console.print("[red]the sources changed during the run: these figures belong to no one version")
+
+
+def parse_args() -> argparse.Namespace:
+    works = list(dict.fromkeys(case.work for case in cases(is_quick=True)))
+    parser = argparse.ArgumentParser(description="Run the benchmarks; see benchmarks/README.md.")
+    parser.add_argument("--quick", action="store_true", help="smaller counts: to try it out, not to quote")
+    parser.add_argument("--only", action="append", choices=works, default=[], help="this work (repeatable)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each; the median counts (default: 5)")
+    parser.add_argument("--no-peers", action="store_true", help="without DBOS and Edda")
+    parser.add_argument(
+        "--peers-python",
+        default=os.environ.get("ROMANCY_BENCH_PEERS_PYTHON"),
+        help="an interpreter that has the peers; by default uv makes an environment in build/",
+    )
+    parser.add_argument("--dir", type=Path, default=BUILD, help="a folder on a real disk (default: build/)")
+    return parser.parse_args()
+
+
+def refuse_memory(folder: Path) -> None:
+    """A flush to a file system in memory costs nothing, and would measure nothing."""
+    mounts = Path("/proc/mounts")
+    if not mounts.exists():
+        return
+    kinds = {line.split()[1]: line.split()[2] for line in mounts.read_text().splitlines()}
+    mounted = next(str(part) for part in (folder.resolve(), *folder.resolve().parents) if str(part) in kinds)
+    if kinds[mounted] in MEMORY_FILE_SYSTEMS:
+        raise SystemExit(f"{folder} is in memory ({kinds[mounted]}): give a folder on a disk with --dir")
+
+
+def sync_peers(console: Console) -> str:
+    """An environment of the peers' own, so that their requirements don't meet Romancy's."""
+    folder = BUILD / "peers-venv"
+    console.print("bringing the peers' environment up to date …")
+    command = ["uv", "sync", "--quiet", "--no-default-groups", "--group", "peers"]
+    subprocess.run(command, cwd=HERE.parent, env=os.environ | {"UV_PROJECT_ENVIRONMENT": str(folder)}, check=True)
+    return str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
+
+
+def describe_machine(folder: Path) -> Result:
+    return {
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "sqlite": sqlite3.sqlite_version,
+        "fsync_ms": flush_cost_ms(folder),
+        "load": round(os.getloadavg()[0], 2),
+        "commit": commit(),
+        "sources": sources_digest(),
+    }
+
+
+def sources_digest() -> str:
+    """Changes whenever Romancy's sources do; a run that spans two versions measures neither."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE.parent / "src").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def flush_cost_ms(folder: Path) -> float:
+    """What it takes to append a page to a file and flush it to the disk; the median."""
+    seconds = []
+    with (folder / "flush").open("wb", buffering=0) as file:
+        for _ in range(FLUSHES):
+            started = time.perf_counter()
+            file.write(b"\0" * 4096)
+            os.fsync(file.fileno())
+            seconds.append(time.perf_counter() - started)
+    return round(median(seconds) * 1000, 3)
+
+
+class Runner:
+    """Runs one measurement in a fresh process.
+
+    Args:
+        folder: where the databases go.
+        peers_python: the peers' interpreter; ``None``: they are left out.
+    """
+
+    def __init__(self, folder: Path, peers_python: str | None) -> None:
+        self._folder = folder
+        self._peers_python = peers_python
+        # Compiled code is cached, as it is where a library is installed, but not among the sources.
+        self._environment = os.environ | {"PYTHONPYCACHEPREFIX": str(BUILD / "bench-pycache")}
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def can_run(self, system: str) -> bool:
+        return self._peers_python is not None or system not in ("dbos", "edda")
+
+    def run(self, system: str, command: list[str]) -> Result:
+        """The JSON object that the measurement prints, or ``{"error": …}``."""
+        python = self._peers_python if system in ("dbos", "edda") else sys.executable
+        assert python is not None
+        script, *options = [option.replace("{dir}", str(self._folder)) for option in command]
+        try:
+            done = subprocess.run(
+                [python, str(HERE / script), *options],
+                capture_output=True, text=True, timeout=JOB_TIMEOUT_S, env=self._environment, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"error": f"no end within {JOB_TIMEOUT_S} s"}
+        if done.returncode != 0:
+            return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+        result: Result = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+
+def schedule(chosen: list[Case], runs: int, runner: Runner) -> Iterator[tuple[Case, str, int]]:
+    """Case by case; within a case the systems take turns, so that a noisy minute hits all of them."""
+    for case in chosen:
+        for turn in range(min(runs, case.most_runs)):
+            for system in case.commands:
+                if runner.can_run(system):
+                    yield case, system, turn
+
+
+def run_all(chosen: list[Case], runs: int, runner: Runner, console: Console) -> Raw:
+    raw: Raw = {}
+    jobs = list(schedule(chosen, runs, runner))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for case, system, turn in jobs:
+            progress.update(task, description=f"{case.key}: {system}, run {turn + 1}")
+            result = runner.run(system, case.commands[system])
+            raw.setdefault(case.key, {}).setdefault(system, []).append(result)
+            if "error" in result:
+                progress.console.print(f"[red]{case.key}: {system}: {result['error']}")
+            progress.advance(task)
+    return raw
+
+
+def save(record: dict[str, Any], raw: Raw, table: str, *, is_complete: bool) -> None:
+    """Keep the raw numbers; the table too, if it is one of all works in full size."""
+    RESULTS.mkdir(exist_ok=True)
+    name = record["date"][:19].replace(":", "") + ".json"
+    (RESULTS / name).write_text(json.dumps(record | {"results": raw}, indent=1) + "\n")
+    if is_complete:
+        (RESULTS / "latest.md").write_text(table)
+
+
+if __name__ == "__main__":
+    main()
