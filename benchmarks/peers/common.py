@@ -49,6 +49,13 @@ def durability(journal_mode: str, synchronous: int) -> Result:
     return {"journal_mode": journal_mode, "synchronous": synchronous}
 
 
+def tune_garbage_collector() -> None:
+    """What `romancy worker` does at its start (`romancy.tuning`), here for the floor and all peers alike."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
 async def timed_bounded(run_one: Callable[[int], Awaitable[Any]], count: int, concurrency: int) -> float:
     """Seconds from first start to last result of `run_one(0..count-1)`, at most `concurrency` in flight."""
     numbers = iter(range(count))
@@ -57,6 +64,7 @@ async def timed_bounded(run_one: Callable[[int], Awaitable[Any]], count: int, co
         for number in numbers:
             await run_one(number)
 
+    tune_garbage_collector()
     started = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(min(concurrency, count))))
     return time.perf_counter() - started
@@ -64,6 +72,7 @@ async def timed_bounded(run_one: Callable[[int], Awaitable[Any]], count: int, co
 
 async def timed_each(run_one: Callable[[int], Awaitable[Any]], count: int) -> Result:
     """Run one at a time; the percentiles (nearest rank) of the single durations in milliseconds."""
+    tune_garbage_collector()
     durations = []
     for number in range(count):
         started = time.perf_counter()

@@ -86,9 +86,7 @@ async def sleeper(ctx: WorkflowContext) -> dict[str, Any]:
 async def launch(directory: Path) -> EddaApp:
     url = f"sqlite+aiosqlite:///{directory / 'edda.sqlite'}"
     app = EddaApp(service_name="edda-peer", db_url=url)
-    patient = create_async_engine(
-        url, pool_size=5, max_overflow=0, pool_timeout=3600, connect_args={"timeout": 60}
-    )
+    patient = create_async_engine(url, pool_size=5, max_overflow=0, pool_timeout=3600, connect_args={"timeout": 60})
     app.storage = SQLAlchemyStorage(patient)
     await app.initialize()
     for task in app._background_tasks:

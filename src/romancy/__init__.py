@@ -4,7 +4,7 @@ Start with :class:`App`, :func:`workflow` and :func:`activity`.
 """
 
 from romancy._version import __version__
-from romancy.app import App, WorkflowHandle
+from romancy.app import App
 from romancy.context import ActivityContext, WorkflowContext, current_activity
 from romancy.definitions import Activity, Catalogue, Workflow, activity, workflow
 from romancy.errors import (
@@ -42,6 +42,7 @@ from romancy.errors import (
     WorkflowFailedError,
     WorkflowSuspendedError,
 )
+from romancy.handle import WorkflowHandle
 from romancy.model import ErrorInfo, HistoryEvent, HistoryKind, Instance, InstancePage, Status
 from romancy.retry import RetryPolicy
 

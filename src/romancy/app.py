@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, overload
 
 from romancy.clock import Clock, SystemClock
 from romancy.context import CURRENT_ACTIVITY
@@ -22,22 +22,18 @@ from romancy.errors import (
     DatabaseError,
     FencedError,
     InstanceConflictError,
-    InstanceNotFoundError,
     InstanceStateError,
     ResultTimeoutError,
     SerializationError,
     SessionError,
     UnknownWorkflowError,
-    WorkflowCancelledError,
-    WorkflowFailedError,
-    WorkflowSuspendedError,
 )
-from romancy.failures import decode_error, decode_info
+from romancy.handle import WorkflowHandle, not_found
 from romancy.ids import IdSource
 from romancy.model import HistoryEvent, Instance, InstancePage, Status
 from romancy.outcomes import Outcome, Outcomes
 from romancy.retry import RetryPolicy, Seconds, as_seconds
-from romancy.serde import check_size, load_json
+from romancy.serde import check_size
 from romancy.storage.address import parse_address
 from romancy.storage.filters import JsonScalar
 from romancy.storage.queries import Queries
@@ -54,66 +50,6 @@ B = TypeVar("B")
 
 DEFAULT_PAYLOAD_BYTES = 2 * 1024 * 1024
 OUTCOME_POLL_S = 1.0
-
-
-class WorkflowHandle(Generic[R]):
-    """A started instance, from outside; made by :meth:`App.start_workflow` and :meth:`App.get_handle`."""
-
-    __slots__ = ("_app", "_outcome", "_workflow", "instance_id")
-
-    def __init__(self, app: App, outcome: Outcome, workflow: Workflow[..., R] | None) -> None:
-        self._app = app
-        self._outcome = outcome
-        self._workflow = workflow
-        self.instance_id = outcome.instance_id
-
-    async def result(self, timeout: Seconds | None = None) -> R:
-        """Wait until the instance has ended, on whatever worker, and return what the workflow returned.
-
-        Args:
-            timeout: how long to wait, in seconds or as a ``timedelta``; ``None``: without end.
-
-        Raises:
-            WorkflowFailedError: the workflow failed; its ``__cause__`` is what the workflow raised.
-            WorkflowCancelledError: the workflow was cancelled.
-            WorkflowSuspendedError: the instance is parked until somebody resumes it.
-            ResultTimeoutError: the time ran out; the workflow itself goes on.
-            AppNotRunningError: the app shut down meanwhile.
-        """
-        state = self._outcome.state
-        if state is None:
-            state = await self._app._wait_for(self._outcome, timeout)
-        return self._decode(state)
-
-    async def status(self) -> Status:
-        """The instance's status now, as the database holds it.
-
-        Raises:
-            InstanceNotFoundError: there is no such instance.
-        """
-        instance = await self._app.get_instance(self.instance_id)
-        if instance is None:
-            raise _not_found(self.instance_id)
-        return instance.status
-
-    def _decode(self, state: StateRow) -> R:
-        match Status(state.status):
-            case Status.COMPLETED:
-                text = state.result if state.result is not None else "null"
-                if self._workflow is None:
-                    return cast("R", load_json(text))
-                return cast("R", self._workflow.signature.decode_result(text))
-            case Status.FAILED:
-                assert state.error is not None
-                raise WorkflowFailedError(self.instance_id, decode_info(state.error)) from decode_error(state.error)
-            case Status.CANCELLED:
-                raise WorkflowCancelledError(f"instance {self.instance_id} was cancelled, so it has no result")
-            case _:
-                info = None if state.error is None else decode_info(state.error)
-                raise WorkflowSuspendedError(self.instance_id, info)
-
-    def __repr__(self) -> str:
-        return f"<workflow handle {self.instance_id}>"
 
 
 class App:
@@ -371,7 +307,7 @@ class App:
         """
         self._check_running()
         definition = self._definition(workflow)
-        given = definition.signature.store_input(args, kwargs)
+        given = definition.signature.encode_input(args, kwargs)
         text = given.text
         check_size(f"the input of workflow {definition.name!r}", [text], self.max_payload_bytes)
         _check_no_open_transaction("start a workflow")
@@ -406,9 +342,7 @@ class App:
         name = workflow if isinstance(workflow, str) else getattr(workflow, "name", None)
         known = self._known.get(name) if isinstance(name, str) else None
         if known is None:
-            self._known = self._catalogue.workflows
-            known = self._known.get(name) if isinstance(name, str) else None
-            if known is not None:
+            if name in self._catalogue.workflows:
                 raise UnknownWorkflowError(
                     f"workflow {name!r} was defined after the app started: define workflows (import their modules) "
                     f"before app.start()"
@@ -458,7 +392,7 @@ class App:
         """
         instance = await self.get_instance(instance_id)
         if instance is None:
-            raise _not_found(instance_id)
+            raise not_found(instance_id)
         definition = workflow or self._known.get(instance.workflow_name)
         return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
 
@@ -576,7 +510,7 @@ class App:
         self._check_running()
         events = await self._queries.get_history(instance_id, run)
         if not events and await self._queries.get_instance(instance_id) is None:
-            raise _not_found(instance_id)
+            raise not_found(instance_id)
         return events
 
     # -- steering ----------------------------------------------------------------------------------
@@ -593,13 +527,14 @@ class App:
         if not await asyncio.wrap_future(self._store.resume(instance_id, self._clock.now_us())):
             instance = await self._queries.get_instance(instance_id)
             if instance is None:
-                raise _not_found(instance_id)
+                raise not_found(instance_id)
             raise InstanceStateError(f"instance {instance_id!r} is {instance.status}, not suspended: nothing to resume")
         self._hint_worker()
 
     # -- waiting for results -----------------------------------------------------------------------
 
-    async def _wait_for(self, outcome: Outcome, timeout: Seconds | None) -> StateRow:
+    async def wait_for(self, outcome: Outcome, timeout: Seconds | None) -> StateRow:
+        """See :class:`romancy.handle.HandleHost`."""
         self._check_running()
         _check_no_open_transaction("wait for a result")
         if self._worker is None or not self._worker.is_live(outcome.instance_id):
@@ -668,10 +603,6 @@ def _same_input(definition: Workflow[..., Any], stored: str, text: str) -> bool:
         return definition.signature.decode_input(stored) == definition.signature.decode_input(text)
     except SerializationError:
         return False
-
-
-def _not_found(instance_id: str) -> InstanceNotFoundError:
-    return InstanceNotFoundError(f"there is no instance {instance_id!r}; list_instances() shows what there is")
 
 
 def _check_no_open_transaction(what: str) -> None:

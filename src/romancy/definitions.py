@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from romancy.errors import ConfigurationError, DefinitionError, DuplicateNameError
 from romancy.retry import RetryPolicy, Seconds, as_seconds
-from romancy.serde import Signature
+from romancy.signature import Signature
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -63,7 +63,7 @@ def test_killed_at_one_commit_and_started_again(database: Path, when: str, at: i
 
 @pytest.mark.parametrize("kill", ["after:2", "before:3"])
 def test_killed_again_and_again_until_it_is_through(database: Path, kill: str) -> None:
-    for kills in range(60):
+    for kills in range(60):  # noqa: B007  (counted for what comes after)
         code, printed = run(database, kill)
         if code == 0:
             break

@@ -18,6 +18,7 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from romancy.errors import ConfigurationError, DatabaseError
+from romancy.tuning import tune_garbage_collector
 
 if TYPE_CHECKING:
     from romancy.app import App
@@ -64,6 +65,7 @@ async def run_until_signal(app: App, tell: Callable[[Moment], None]) -> None:
         RomancyError: the app can't start, or stopped by itself.
     """
     with _signals_caught(asyncio.get_running_loop()) as asked:
+        tune_garbage_collector()
         await app.start()
         try:
             tell("started")

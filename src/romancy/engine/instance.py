@@ -35,7 +35,8 @@ from romancy.errors import (
 from romancy.failures import decode_error, encode_error
 from romancy.model import HistoryKind, Status
 from romancy.retry import RetryPolicy
-from romancy.serde import Arguments, check_size
+from romancy.serde import check_size
+from romancy.signature import Arguments
 from romancy.storage.rows import ClaimedRow, HistoryRow, StateRow
 from romancy.storage.writer import Recorder, Writer
 

@@ -9,7 +9,7 @@ from typing import Any
 from romancy.definitions import Activity, CallOptions
 from romancy.engine.loop import TimerCallback
 from romancy.engine.timers import Deadline
-from romancy.serde import Arguments
+from romancy.signature import Arguments
 
 TIMER = "timer"
 

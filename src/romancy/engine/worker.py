@@ -27,7 +27,7 @@ from romancy.errors import DatabaseError, FencedError, InstanceStateError, Roman
 from romancy.failures import encode_error
 from romancy.model import Status
 from romancy.retry import RetryPolicy
-from romancy.serde import Arguments
+from romancy.signature import Arguments
 from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
 from romancy.storage.sessions import SessionEngines
 from romancy.storage.sqlite import SqliteStore

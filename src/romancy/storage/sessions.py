@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -98,6 +99,10 @@ class ActivityTransaction:
                 except BaseException:
                     connection.close()
                     raise
+            except SQLAlchemyError as error:
+                lock.release()
+                # Not the activity's failure: it had not begun to write.
+                raise database_error(error, self._engines.name) from error
             except BaseException:
                 lock.release()
                 raise
@@ -186,11 +191,11 @@ class SessionEngines:
         """The engine for sessions of that kind (of an async one, its inner engine)."""
         if is_async:
             if self._async_engine is None:
-                self._async_engine = create_async_engine(f"sqlite+aiosqlite:///{self._store.path}", **self._options())
+                self._async_engine = create_async_engine(self._url("sqlite+aiosqlite"), **self._options())
                 self._set_up(self._async_engine.sync_engine)
             return self._async_engine.sync_engine
         if self._engine is None:
-            self._engine = create_engine(f"sqlite:///{self._store.path}", **self._options())
+            self._engine = create_engine(self._url("sqlite"), **self._options())
             self._set_up(self._engine)
         return self._engine
 
@@ -200,6 +205,9 @@ class SessionEngines:
             await self._async_engine.dispose()
         if self._engine is not None:
             self._engine.dispose()
+
+    def _url(self, driver: str) -> URL:
+        return URL.create(driver, database=self._store.path)
 
     def _options(self) -> dict[str, Any]:
         return {"connect_args": {"timeout": self._store.busy_timeout_s}}
