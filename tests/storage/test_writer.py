@@ -24,7 +24,7 @@ from romancy import (
 from romancy.errors import FencedError
 from romancy.storage import writer as writer_module
 from romancy.storage.batch import Batch, Party, run_batch
-from romancy.storage.rows import HistoryRow, StartRow
+from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.sqlite import SqliteStore
 from romancy.storage.writer import Recorder, Writer
 from tests.support import RESULT_TIMEOUT_S, rows
@@ -356,3 +356,14 @@ async def test_three_sequential_activities_cost_four_commits(database: Path, mon
         await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
     assert len(commits) == 4
     assert rows(database, "SELECT count(*) FROM romancy_history") == [(3,)]
+
+
+async def test_latest_state_of_an_instance_stands_for_the_earlier_ones() -> None:
+    store = FakeStore()
+    writer, _ = make(store)
+    member = Member()
+    for status in ("waiting_for_timer", "running", "waiting_for_timer", "completed"):
+        writer.record(member, None, StateRow("i", status, None, None, 0, None, None, None))
+    await turns()
+    states = [party.state for party in store.batches[0][0].waiting]
+    assert [state and state.status for state in states] == ["completed"]

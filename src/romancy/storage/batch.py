@@ -23,16 +23,20 @@ NO_ROWS: list[Any] = []
 
 
 class Party:
-    """The rows of one member; they are written together or not at all."""
+    """The rows of one member; they are written together or not at all.
 
-    __slots__ = ("history", "keyed_starts", "member", "starts", "states")
+    Attributes:
+        state: the latest; it says all that earlier ones said.
+    """
+
+    __slots__ = ("history", "keyed_starts", "member", "starts", "state")
 
     def __init__(self, member: Member) -> None:
         self.member = member
         self.starts: list[StartRow] = NO_ROWS
         self.keyed_starts: list[StartRow] = NO_ROWS
         self.history: list[HistoryRow] = NO_ROWS
-        self.states: list[StateRow] = NO_ROWS
+        self.state: StateRow | None = None
 
 
 class Batch:

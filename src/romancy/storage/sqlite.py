@@ -195,7 +195,7 @@ class SqliteStore:
                 inserted.update(row[0] for row in connection.execute(sql, values))
             for sql, values, _ in statements.history.pieces([row for p in parties for row in p.history]):
                 connection.execute(sql, values)
-            states = [(*row, worker_id) for p in parties for row in p.states]
+            states = [(*p.state, worker_id) for p in parties if p.state is not None]
             for sql, values, size in statements.states.pieces(states):
                 if connection.execute(sql, values).rowcount != size:
                     raise sqlite3.IntegrityError("an instance is no longer owned by this worker")

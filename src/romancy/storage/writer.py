@@ -147,10 +147,7 @@ class Writer:
             else:
                 party.history = [event]
         if state is not None:
-            if party.states:
-                party.states.append(state)
-            else:
-                party.states = [state]
+            party.state = state
         batch.row_count += 1
         self._schedule()
         return batch.number
