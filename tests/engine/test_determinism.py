@@ -20,6 +20,7 @@ from romancy import (
     activity,
     workflow,
 )
+from romancy.engine.loop import make_loop
 from romancy.engine.replay import Request, compare
 from romancy.failures import decode_error
 from romancy.storage.rows import HistoryRow
@@ -372,3 +373,23 @@ def test_rule_accepts_what_fits_and_names_what_does_not() -> None:
     nothing = compare(event(), None, [])
     assert nothing is not None
     assert nothing.found == "no request at all"
+
+
+class LoopOwner:
+    def __init__(self, instance_id: str) -> None:
+        self.instance_id = instance_id
+
+
+async def test_tasks_of_different_instances_rarely_share_a_hash_and_those_of_one_never_change_theirs() -> None:
+    async def nothing() -> None: ...
+
+    def hashes(instance_id: str) -> list[int]:
+        loop = make_loop(LoopOwner(instance_id), asyncio.get_running_loop())  # type: ignore[arg-type]
+        found = [hash(loop.create_task(nothing())) for _ in range(3)]
+        loop.discard()
+        return found
+
+    ids = [f"instance-{number}" for number in range(1_000)]
+    # asyncio keeps all tasks in one set: with equal hashes each new task would be compared with all others.
+    assert len({one for instance_id in ids for one in hashes(instance_id)}) > 2_990
+    assert hashes("it") == hashes("it") == [(2727245620 << 12) + number for number in (1, 2, 3)]

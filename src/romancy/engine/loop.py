@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from typing import Any, NoReturn, Protocol
+from zlib import crc32
 
 from romancy.definitions import RUNNING, WorkflowHost
 from romancy.errors import ForbiddenInWorkflowError
@@ -24,6 +25,9 @@ logger = logging.getLogger("romancy.workflow")
 
 MAX_CALLBACKS_PER_STEP = 1_000_000
 """After so many callbacks without waiting for anything recorded, the code is taken to be in an endless loop."""
+
+ORDER_BITS = 12
+"""Low bits of a task's hash; sets of fewer tasks are walked in the order in which these were made."""
 
 
 class ReadyCallback:
@@ -46,6 +50,8 @@ class ReadyCallback:
 
 class LoopHost(WorkflowHost, Protocol):
     """What the loop needs from the instance that it runs."""
+
+    instance_id: str
 
     def workflow_time_us(self) -> int:
         """The time of the last delivered event, in microseconds since the epoch."""
@@ -171,6 +177,8 @@ class WorkflowTask(asyncio.Task[Any]):
     """A task whose hash is its number, so that sets of tasks are walked in the same order on every replay.
 
     ``TaskGroup`` cancels its tasks in the order of a set; by address, that order would differ from run to run.
+    Each instance counts from another number, for asyncio keeps all tasks of the process in one set; the low bits
+    count from zero in all of them, so that a set of tasks is walked in the order in which they were made.
     """
 
     def __init__(
@@ -218,7 +226,7 @@ class WorkflowLoop(_RefusingLoop):
         self.tasks: list[asyncio.Task[Any]] = []
         self._ready: deque[ReadyCallback] = deque()
         self._prune_at = 16
-        self._task_count = 0
+        self._last_number = crc32(host.instance_id.encode()) << ORDER_BITS
         self._is_closed = False
 
     # -- driven by the engine ----------------------------------------------------------------------
@@ -318,8 +326,8 @@ class WorkflowLoop(_RefusingLoop):
             coro.close()
             raise GeneratorExit
         _refuse_unordered_start(coro)
-        self._task_count += 1
-        task = WorkflowTask(self._task_count, coro, self, name or "workflow", context)
+        self._last_number += 1
+        task = WorkflowTask(self._last_number, coro, self, name or "workflow", context)
         if len(self.tasks) >= self._prune_at:
             self.tasks = [known for known in self.tasks if not known.done()]
             self._prune_at = max(16, 2 * len(self.tasks))
