@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, overload
 from romancy.clock import Clock, SystemClock
 from romancy.context import CURRENT_ACTIVITY
 from romancy.definitions import DEFAULT_CATALOGUE, Catalogue, Workflow
-from romancy.engine.worker import Worker
+from romancy.engine.worker import LONGEST_FAREWELL_S, Worker
 from romancy.errors import (
     AppNotRunningError,
     ConfigurationError,
@@ -39,7 +39,8 @@ from romancy.storage.filters import JsonScalar
 from romancy.storage.queries import Queries
 from romancy.storage.rows import StartRow, StateRow
 from romancy.storage.sessions import SessionEngines
-from romancy.storage.sqlite import SqliteStore
+from romancy.storage.store import Store
+from romancy.storage.stores import make_queries, make_store
 from romancy.storage.writer import Writer
 
 logger = logging.getLogger("romancy.app")
@@ -50,13 +51,17 @@ B = TypeVar("B")
 
 DEFAULT_PAYLOAD_BYTES = 2 * 1024 * 1024
 OUTCOME_POLL_S = 1.0
+SHORTEST_POLL_S = 0.02
 
 
 class App:
     """Romancy in one process: a database, and a worker that runs workflows on the current event loop.
 
     Args:
-        database: a path, ``":memory:"`` (gone with the app), or ``sqlite:///path``.
+        database: a path, ``":memory:"`` (gone with the app), ``sqlite:///path``, or a URL of a server:
+            ``postgresql://user:password@host/database`` (``pip install romancy[postgresql]``) or
+            ``mysql://user:password@host/database`` for MySQL and MariaDB (``romancy[mysql]``). Options of the URL go
+            to the driver.
         worker_id: a name for this worker in messages and tables; by default host and process id. Ownership does
             not depend on it: each start of an app is a worker of its own.
         workflows: what this app can run; by default all of the default catalogue.
@@ -120,6 +125,7 @@ class App:
         self._workflows = None if workflows is None else Catalogue.of(workflows)
         self._has_worker = worker
         self._auto_migrate = auto_migrate
+        self._given_clock = clock
         self._clock: Clock = clock or SystemClock()
         self._ids = IdSource()
         self._outcomes = Outcomes()
@@ -129,7 +135,7 @@ class App:
         self._worker: Worker | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
-        self._store: SqliteStore
+        self._store: Store
         self._engines: SessionEngines
         self._queries: Queries
         self._writer: Writer
@@ -149,13 +155,14 @@ class App:
             raise InstanceStateError("this app is running already: start it once, or make another App")
         self._catalogue = self._workflows or DEFAULT_CATALOGUE
         self._known = self._catalogue.workflows
-        self._store = SqliteStore(self.address, list(self._known))
+        self._store = make_store(self.address, list(self._known))
         await asyncio.to_thread(self._store.open, self._auto_migrate)
+        self._clock = self._given_clock or self._store.clock
         self._process_id = os.getpid()
         self._broken = None
         self._poll_wanted = asyncio.Event()
         self._engines = SessionEngines(self._store)
-        self._queries = Queries(self._store.path, str(self.address))
+        self._queries = make_queries(self._store)
         try:
             if self._has_worker:
                 await self._begin_worker()
@@ -174,7 +181,11 @@ class App:
             if self._worker is not None:
                 await self._worker.stop(self.shutdown_grace_s)
             else:
-                await self._writer.drained()
+                async with asyncio.timeout(LONGEST_FAREWELL_S):
+                    await self._writer.drained()
+        except TimeoutError:
+            logger.warning("nothing could be written within %.0f s; what waited is given up", LONGEST_FAREWELL_S)
+            self._store.give_up()
         finally:
             await self._close()
 
@@ -188,7 +199,7 @@ class App:
         await self.shutdown()
 
     async def _begin_worker(self) -> None:
-        worker = Worker(self, self._store, self._engines, self._catalogue, self._clock, SystemClock(), self)
+        worker = Worker(self, self._store, self._engines, self._catalogue, self._clock, self._store.clock, self)
         await worker.start()
         self._worker, self._writer = worker, worker.writer
 
@@ -252,6 +263,16 @@ class App:
     def _break(self, error: DatabaseError) -> None:
         self._broken = error
         self._outcomes.fail_all(error)
+        if self._worker is not None:
+            self._spawn(self._let_go(self._worker))
+
+    async def _let_go(self, worker: Worker) -> None:
+        """Others may take over at once what this worker can no longer record."""
+        await worker.abandon()
+        try:
+            await asyncio.wrap_future(self._store.leave(worker.worker_id, self._clock.now_us()))
+        except DatabaseError as error:
+            logger.info("the instances could not be handed back, and wait for the end of the lease: %s", error)
 
     async def _replace_worker(self) -> None:
         """A lost lease ends a worker, not the app: begin another life under a fresh id."""
@@ -553,13 +574,17 @@ class App:
 
     async def _poll_outcomes(self) -> None:
         """Look for the ends of instances that run elsewhere, or ended before somebody asked."""
+        wait_s = OUTCOME_POLL_S
         while self._process_id is not None:
             has_waiters = bool(self._outcomes.awaited())
             try:
-                async with asyncio.timeout(OUTCOME_POLL_S if has_waiters else None):
+                async with asyncio.timeout(wait_s if has_waiters else None):
                     await self._poll_wanted.wait()
             except TimeoutError:
-                pass
+                # What has just begun may soon end; what takes long is asked for rarely.
+                wait_s = min(2 * wait_s, OUTCOME_POLL_S)
+            else:
+                wait_s = SHORTEST_POLL_S
             self._poll_wanted.clear()
             worker = self._worker
             ids = [key for key in self._outcomes.awaited() if worker is None or not worker.is_live(key)]
@@ -608,7 +633,7 @@ def _same_input(definition: Workflow[..., Any], stored: str, text: str) -> bool:
 def _check_no_open_transaction(what: str) -> None:
     """On SQLite an open session holds the one write lock; waiting for another write would never end."""
     current = CURRENT_ACTIVITY.get(None)
-    if current is not None and current.has_open_transaction:
+    if current is not None and current.holds_everybody_up:
         raise SessionError(
             f"activity {current.activity_id} can't {what} while its session is open, for the session holds the "
             f"database's write lock: do it before the session's first use, or in an activity of its own"

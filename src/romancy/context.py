@@ -197,6 +197,11 @@ class ActivityContext:
         return self._transaction is not None and self._transaction.is_open
 
     @property
+    def holds_everybody_up(self) -> bool:
+        """For the engine: whether nobody else can write until this attempt's transaction has ended."""
+        return self._transaction is not None and self._transaction.holds_everybody_up
+
+    @property
     def transaction(self) -> ActivityTransaction | None:
         """For the engine: the attempt's transaction, once the session was asked for."""
         return self._transaction

@@ -32,6 +32,7 @@ The tree::
         ├── DatabaseReadOnlyError
         ├── DatabaseCorruptError
         ├── DatabaseFullError
+        ├── DatabaseUnsafeError     a server that would lose what it has acknowledged
         ├── DatabaseUnavailableError
         ├── SchemaError             missing or outdated tables
         └── FencedError             this worker has lost its lease
@@ -255,6 +256,10 @@ class DatabaseCorruptError(DatabaseError):
 
 class DatabaseFullError(DatabaseError):
     """The disk (or the database's quota) is full."""
+
+
+class DatabaseUnsafeError(DatabaseError):
+    """The server is too old, or its settings would lose what it has acknowledged; the message says what to set."""
 
 
 class DatabaseUnavailableError(DatabaseError):

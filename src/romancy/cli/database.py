@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Literal
 
 from romancy.cli.text import command
 from romancy.errors import DatabaseUnavailableError, InstanceNotFoundError
-from romancy.storage.address import SqliteAddress, parse_address
+from romancy.storage.address import Address, SqliteAddress, parse_address
 
 if TYPE_CHECKING:
     from romancy.model import Instance
     from romancy.storage.queries import Queries
+    from romancy.storage.store import Store
 
 BUSY_TIMEOUT_S = 5.0
 
@@ -51,11 +52,15 @@ async def open_queries(database: str) -> AsyncIterator[Queries]:
     Raises:
         DatabaseError: there is no such database, or its tables are missing or of another version.
     """
-    from romancy.storage.queries import Queries  # noqa: PLC0415
+    from romancy.storage.stores import make_queries, make_store  # noqa: PLC0415
 
     address = _existing(database)
-    _check_tables(address)
-    queries = Queries(address.path, str(address))
+    store = make_store(address, [])
+    if isinstance(address, SqliteAddress):
+        _check_tables(address)
+    else:
+        _prepare(store, migrate=False)
+    queries = make_queries(store)
     try:
         yield queries
     finally:
@@ -102,28 +107,28 @@ def migrate(database: str) -> Migration:
     Raises:
         DatabaseError: the database can't be opened or written, or belongs to a newer version.
     """
-    from romancy.storage.failures import database_error  # noqa: PLC0415
-    from romancy.storage.migrate import ensure_schema  # noqa: PLC0415
     from romancy.storage.schema import SCHEMA_VERSION  # noqa: PLC0415
-    from romancy.storage.sqlite import prepare_connection  # noqa: PLC0415
+    from romancy.storage.stores import make_store  # noqa: PLC0415
 
-    address = _file_address(database)
-
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(address.path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-        prepare_connection(connection, is_durable=True)
-        return connection
-
-    try:
-        found = ensure_schema(address.path, connect, migrate=True)
-    except sqlite3.Error as error:
-        raise database_error(error, str(address)) from error
+    address = _stored(database)
+    found = _prepare(make_store(address, []), migrate=True)
     return Migration(str(address), found, SCHEMA_VERSION)
 
 
-def _existing(database: str) -> SqliteAddress:
-    address = _file_address(database)
-    if not Path(address.path).exists():
+def _prepare(store: Store, *, migrate: bool) -> str | None:
+    from romancy.storage.failures import database_error, is_driver_error  # noqa: PLC0415
+
+    try:
+        return store.prepare(migrate)
+    except Exception as error:
+        if is_driver_error(error):
+            raise database_error(error, store.name) from error
+        raise
+
+
+def _existing(database: str) -> Address:
+    address = _stored(database)
+    if isinstance(address, SqliteAddress) and not Path(address.path).exists():
         raise DatabaseUnavailableError(
             f"there is no database {address}: check the path, or create it: "
             + command("migrate", "--database", database)
@@ -131,9 +136,9 @@ def _existing(database: str) -> SqliteAddress:
     return address
 
 
-def _file_address(database: str) -> SqliteAddress:
+def _stored(database: str) -> Address:
     address = parse_address(database)
-    if address.is_memory:
+    if isinstance(address, SqliteAddress) and address.is_memory:
         raise DatabaseUnavailableError(f"{database} lives and ends with its app, unseen from here: name a file")
     return address
 

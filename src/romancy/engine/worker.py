@@ -6,6 +6,7 @@ One worker is one life: when it loses its lease it stops for good, and the app b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import OrderedDict
@@ -23,14 +24,14 @@ from romancy.engine.lease import Lease
 from romancy.engine.operations import ActivityOperation
 from romancy.engine.process import host_identity, is_gone, process_started
 from romancy.engine.timers import TimerQueue
-from romancy.errors import DatabaseError, FencedError, InstanceStateError, RomancyError
+from romancy.errors import DatabaseError, FencedError, InstanceStateError
 from romancy.failures import encode_error
 from romancy.model import Status
 from romancy.retry import RetryPolicy
 from romancy.signature import Arguments
 from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
 from romancy.storage.sessions import SessionEngines
-from romancy.storage.sqlite import SqliteStore
+from romancy.storage.store import Store
 from romancy.storage.writer import Recorder, Writer
 
 logger = logging.getLogger("romancy.worker")
@@ -41,6 +42,7 @@ MAX_CLAIMS = 20
 CLAIM_SIZE = 200
 HISTORY_PAGE = 1_000
 SCAN_INTERVAL_S = 5.0
+LONGEST_FAREWELL_S = 5.0
 GONE_CHECK_INTERVAL_S = 0.5
 CHANGE_CHECK_INTERVAL_S = 0.02
 BUSY_CHECK_INTERVAL_S = 0.25
@@ -98,7 +100,7 @@ class Worker:
     def __init__(
         self,
         settings: WorkerSettings,
-        store: SqliteStore,
+        store: Store,
         engines: SessionEngines,
         catalogue: Catalogue,
         clock: Clock,
@@ -133,6 +135,7 @@ class Worker:
         self._dead: dict[str, WorkerRow] = {}
         self._reserved = 0
         self._wants_room = False
+        self._claimed: list[ClaimedRow] = []
         self._next_due_us: int | None = None
         self._is_stopping = False
         self._is_stopped = False
@@ -159,6 +162,7 @@ class Worker:
         )
         await _done(self._store.register(row, started_at=now))
         self._lease.start()
+        self._store.start_listening(self._on_hint_from_thread)
         self._tasks = [
             self._loop.create_task(self._forever(self._look_for_work), name="romancy-claims"),
             self._loop.create_task(self._forever(self._watch_changes), name="romancy-changes"),
@@ -169,12 +173,19 @@ class Worker:
         self._is_stopping = True
         await self._end_tasks()
         await self._runner.finish(grace_s)
-        await self.writer.drained()
         # Instances leave before their activities are cut off, or they would take the cut for an outcome.
         self._drop_all()
         await self._stop_running()
-        if self.writer.stopped_by is None:
-            await _done(self._store.leave(self.worker_id, self.clock.now_us()))
+        try:
+            async with asyncio.timeout(LONGEST_FAREWELL_S):
+                await self.writer.drained()
+                if self.writer.stopped_by is None:
+                    await _done(self._store.leave(self.worker_id, self.clock.now_us()))
+        except (TimeoutError, DatabaseError) as error:
+            # What was not written is done again by whoever takes over.
+            why = str(error) or f"nothing could be written within {LONGEST_FAREWELL_S:.0f} s"
+            logger.warning("worker %s can't hand its instances back: %s", self._settings.name, why)
+            self._store.give_up()
         self._is_stopped = True
 
     async def abandon(self) -> None:
@@ -186,6 +197,7 @@ class Worker:
         self._is_stopped = True
 
     async def _stop_running(self) -> None:
+        await asyncio.to_thread(self._store.stop_listening)
         await self._runner.close()
         self._lease.stop()
         self.timers.close()
@@ -209,6 +221,7 @@ class Worker:
     def _on_writer_stopped(self, error: DatabaseError) -> None:
         if self._is_stopping:
             return
+        self._is_stopping = True
         logger.error("worker %s (%s) stops: %s", self.worker_id, self._settings.name, error)
         self._drop_all()
         self._listener.on_worker_lost(error)
@@ -256,6 +269,10 @@ class Worker:
         self._next_due_us = 0
         self._hint.set()
 
+    def _on_hint_from_thread(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            self._loop.call_soon_threadsafe(self.hint)
+
     def _load(self, row: ClaimedRow, given: Arguments | None = None) -> LiveInstance | None:
         try:
             if row.claims > MAX_CLAIMS:
@@ -264,13 +281,13 @@ class Worker:
                     f"forward; it may be what kills them. Once that is mended, resume it"
                 )
             instance = LiveInstance(self, row, self._workflows[row.workflow_name], given)
-        except RomancyError as error:
+        except Exception as error:
             self._park_unloaded(row, error)
             return None
         self._live[row.instance_id] = instance
         return instance
 
-    def _park_unloaded(self, row: ClaimedRow, error: RomancyError) -> None:
+    def _park_unloaded(self, row: ClaimedRow, error: Exception) -> None:
         logger.error("instance %s of workflow %s is suspended: %s", row.instance_id, row.workflow_name, error)
         now = self.clock.now_us()
         state = StateRow(row.instance_id, Status.SUSPENDED.value, None, None, now, None, None, encode_error(error))
@@ -336,8 +353,15 @@ class Worker:
             except DatabaseError as error:
                 logger.warning("worker %s can't look for work now: %s", self._settings.name, error)
                 await asyncio.sleep(0.5)
+            except Exception:
+                logger.exception("worker %s failed in an unforeseen way while it looked for work", self._settings.name)
+                await asyncio.sleep(0.5)
 
     async def _look_for_work(self) -> None:
+        if self._store.has_unsure_claim:
+            recovered = await _done(self._store.recover_claim(self.worker_id))
+            self._claimed += recovered
+        await self._resume_claimed()
         await self._scan()
         next_scan = self._loop.time() + min(SCAN_INTERVAL_S, self._settings.lease_ttl_s / 2)
         while True:
@@ -403,7 +427,7 @@ class Worker:
             if rows:
                 await self._resume(rows)
             else:
-                del self._dead[dead_id]
+                self._dead.pop(dead_id, None)
                 self._next_due_us = await _done(self._store.next_due())
 
     async def _claim_due(self) -> None:
@@ -420,11 +444,25 @@ class Worker:
 
     async def _resume(self, rows: Sequence[ClaimedRow]) -> None:
         """Bring claimed instances back to where their history ends."""
-        pages = await _done(self._store.read_history([(r.instance_id, r.run, 0) for r in rows], HISTORY_PAGE))
-        for row, page in zip(rows, pages, strict=True):
-            instance = await self._in_callback(partial(self._load, row))
-            if instance is not None:
-                await self._replay(instance, page)
+        self._claimed += rows
+        await self._resume_claimed()
+
+    async def _resume_claimed(self) -> None:
+        # They are this worker's already: what fails here, for the database does, is done again.
+        while self._claimed:
+            rows = self._claimed[:CLAIM_SIZE]
+            pages = await _done(self._store.read_history([(r.instance_id, r.run, 0) for r in rows], HISTORY_PAGE))
+            for row, page in zip(rows, pages, strict=True):
+                instance = await self._in_callback(partial(self._load, row))
+                if instance is not None:
+                    try:
+                        await self._replay(instance, page)
+                    except DatabaseError:
+                        instance.drop()
+                        raise
+                    except Exception as error:
+                        await self._in_callback(partial(instance.park, error))
+                self._claimed.remove(row)
 
     async def _replay(self, instance: LiveInstance, page: list[HistoryRow]) -> None:
         while await self._in_callback(partial(instance.replay, page)):
@@ -454,14 +492,16 @@ class Worker:
     async def _watch_changes(self) -> None:
         """Notice what other processes commit, by a look at the log file."""
         seen_writes, looked_at = self._store.own_writes, self._loop.time()
+        has_changed = False
         while True:
             await asyncio.sleep(CHANGE_CHECK_INTERVAL_S)
-            if not self._store.has_changed():
+            has_changed = self._store.has_changed() or has_changed
+            if not has_changed:
                 continue
-            is_own, seen_writes = seen_writes != self._store.own_writes, self._store.own_writes
+            is_own = seen_writes != self._store.own_writes
             if is_own and self._loop.time() - looked_at < BUSY_CHECK_INTERVAL_S:
                 continue
-            looked_at = self._loop.time()
+            has_changed, seen_writes, looked_at = False, self._store.own_writes, self._loop.time()
             self._listener.on_foreign_change()
             due = await _done(self._store.next_due())
             if due is not None and (self._next_due_us is None or due < self._next_due_us):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from sqlalchemy import URL, create_engine
+from sqlalchemy import URL, Column, Connection, MetaData, String, Table, create_engine, inspect
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
@@ -30,6 +31,28 @@ def schema_version(connection: sqlite3.Connection) -> str | None:
     return str(row[0])
 
 
+def is_up_to_date(found: str | None, database: str, *, migrate: bool) -> bool:
+    """Whether there is nothing to do.
+
+    Raises:
+        SchemaError: there is, and ``migrate`` is off; or the tables belong to a newer Romancy.
+    """
+    if found == SCHEMA_VERSION:
+        return True
+    if found is not None and found > SCHEMA_VERSION:
+        raise SchemaError(
+            f"database {database}: its tables have version {found}, this Romancy knows {SCHEMA_VERSION}; "
+            f"upgrade the package"
+        )
+    if not migrate:
+        there = f"have version {found}" if found else "are missing"
+        raise SchemaError(
+            f"database {database}: Romancy's tables {there}, this version needs {SCHEMA_VERSION}; "
+            f"run: romancy migrate --database {database}"
+        )
+    return False
+
+
 def ensure_schema(path: str, connect: Callable[[], sqlite3.Connection], *, migrate: bool) -> str | None:
     """Create or upgrade the tables; returns the version that was there before.
 
@@ -41,19 +64,8 @@ def ensure_schema(path: str, connect: Callable[[], sqlite3.Connection], *, migra
     connection = connect()
     try:
         found = schema_version(connection)
-        if found == SCHEMA_VERSION:
+        if is_up_to_date(found, path, migrate=migrate):
             return found
-        if found is not None and found > SCHEMA_VERSION:
-            raise SchemaError(
-                f"database {path}: its tables have version {found}, this Romancy knows {SCHEMA_VERSION}; "
-                f"upgrade the package"
-            )
-        if not migrate:
-            there = f"have version {found}" if found else "are missing"
-            raise SchemaError(
-                f"database {path}: Romancy's tables {there}, this version needs {SCHEMA_VERSION}; "
-                f"run: romancy migrate --database {path}"
-            )
         connection.execute("BEGIN IMMEDIATE")
         try:
             found = schema_version(connection)
@@ -86,12 +98,6 @@ def _create_all(connection: sqlite3.Connection) -> None:
 
 def upgrade(path: str) -> None:
     """Run the numbered migrations that are missing, in one transaction that holds the write lock."""
-    from alembic import command  # noqa: PLC0415  (only an outdated database needs it)
-    from alembic.config import Config  # noqa: PLC0415
-    from alembic.util.exc import CommandError  # noqa: PLC0415
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     engine = create_engine(URL.create("sqlite", database=path), poolclass=NullPool)
     try:
         with engine.connect() as connection:
@@ -99,12 +105,78 @@ def upgrade(path: str) -> None:
             assert driver is not None
             driver.isolation_level = None
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            run_migrations(connection, path)
             connection.exec_driver_sql("COMMIT")
-    except CommandError as error:
-        raise SchemaError(f"database {path}: its tables can't be brought up to date: {error}") from error
     except DBAPIError as error:
         raise database_error(error, path) from error
     finally:
         engine.dispose()
+
+
+def run_migrations(connection: Connection, database: str) -> None:
+    """Run the numbered migrations that are missing, on this connection.
+
+    Raises:
+        SchemaError: there is no way from the version that is there.
+    """
+    from alembic import command  # noqa: PLC0415  (only an outdated database needs it)
+    from alembic.config import Config  # noqa: PLC0415
+    from alembic.util.exc import CommandError  # noqa: PLC0415
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise SchemaError(f"database {database}: its tables can't be brought up to date: {error}") from error
+
+
+# -- databases on servers ----------------------------------------------------------------------------
+
+
+def ensure_server_schema(
+    url: URL, database: str, locked: Callable[[Connection], AbstractContextManager[None]], *, migrate: bool
+) -> str | None:
+    """The same on a server; ``locked`` lets one process at a time migrate.
+
+    Raises:
+        SchemaError: as for :func:`ensure_schema`.
+    """
+    engine = create_engine(url, poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            found = _server_version(connection)
+            if is_up_to_date(found, database, migrate=migrate):
+                return found
+            connection.rollback()
+            with locked(connection):
+                found = _server_version(connection)
+                if found is None:
+                    _create_all_on_server(connection)
+                elif not is_up_to_date(found, database, migrate=True):
+                    run_migrations(connection, database)
+                connection.commit()
+            return found
+    finally:
+        engine.dispose()
+
+
+_VERSION = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+
+
+def _server_version(connection: Connection) -> str | None:
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    row = connection.execute(_VERSION.select()).first()
+    # Empty where a server without transactions for DDL was interrupted: the version is written last.
+    return None if row is None else str(row[0])
+
+
+def _create_all_on_server(connection: Connection) -> None:
+    metadata.create_all(connection)
+    for table in metadata.sorted_tables:
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
+    _VERSION.create(connection, checkfirst=True)
+    connection.execute(_VERSION.insert().values(version_num=SCHEMA_VERSION))

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import URL, ColumnElement, Row, Select, and_, event, or_, select
+from sqlalchemy import ColumnElement, Row, Select, and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from romancy.errors import InvalidFilterError, InvalidPageTokenError
 from romancy.failures import decode_info
@@ -52,24 +52,14 @@ class Queries:
     """The read side of one database; opens connections as they are needed.
 
     Args:
-        path: the database file.
+        engine: reads; its connections open as they are needed.
         name: how messages call the database.
     """
 
-    def __init__(self, path: str, name: str) -> None:
+    def __init__(self, engine: AsyncEngine, name: str) -> None:
+        self._engine = engine
         self._name = name
-        self._engine: AsyncEngine = create_async_engine(
-            URL.create("sqlite+aiosqlite", database=path),
-            isolation_level="AUTOCOMMIT",
-            pool_size=2,
-            max_overflow=8,
-        )
-
-        @event.listens_for(self._engine.sync_engine, "connect")
-        def on_connect(connection: Any, _record: Any) -> None:
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA query_only = ON")
-            cursor.close()
+        self._dialect = engine.dialect.name
 
     async def dispose(self) -> None:
         """Close all connections."""
@@ -111,9 +101,9 @@ class Queries:
             raise InvalidFilterError(f"limit={limit!r}: give a whole number from 1 to {MAX_LIMIT}")
         conditions: list[ColumnElement[bool]] = []
         if workflow_name is not None:
-            conditions.append(contains(instances.c.workflow_name, workflow_name))
+            conditions.append(contains(instances.c.workflow_name, workflow_name, self._dialect))
         if instance_id is not None:
-            conditions.append(contains(instances.c.instance_id, instance_id))
+            conditions.append(contains(instances.c.instance_id, instance_id, self._dialect))
         if status is not None:
             conditions.append(instances.c.status == _status(status).value)
         if started_after is not None:
@@ -121,7 +111,7 @@ class Queries:
         if started_before is not None:
             conditions.append(instances.c.created_at < _time("started_before", started_before))
         if input_filters is not None:
-            conditions.append(input_matches(input_filters))
+            conditions.append(input_matches(input_filters, self._dialect))
         # Equal queries, however they are written, share their page tokens.
         query = _query_digest(
             workflow_name,

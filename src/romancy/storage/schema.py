@@ -9,28 +9,51 @@ sleepers, NULL never (suspended or ended).
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, String, Table, Text
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, String, Table
+from sqlalchemy import Text as AnyText
+from sqlalchemy.dialects.mysql import LONGTEXT
 
 metadata = MetaData()
+
+Text = AnyText().with_variant(LONGTEXT(), "mysql", "mariadb")
+
+# Texts are equal if their characters are, and sort by these: on MySQL by a collation without padding.
+TABLE: dict[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mariadb_engine": "InnoDB",
+    "mysql_default_charset": "utf8mb4",
+    "mariadb_default_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_0900_bin",
+    "mariadb_collate": "utf8mb4_nopad_bin",
+}
+
+
+def name_type(length: int) -> String:
+    """The type of a column that holds a name or an id."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
+
 
 instances = Table(
     "romancy_instances",
     metadata,
-    Column("instance_id", String(200), primary_key=True),
+    Column("instance_id", name_type(200), primary_key=True),
     Column("run", Integer, nullable=False),
-    Column("workflow_name", String(200), nullable=False),
-    Column("status", String(24), nullable=False),
-    Column("owner", String(36)),
+    Column("workflow_name", name_type(200), nullable=False),
+    Column("status", name_type(24), nullable=False),
+    Column("owner", name_type(36)),
     Column("ready_at", BigInteger),
     Column("claims", Integer, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("started_at", BigInteger),
     Column("updated_at", BigInteger, nullable=False),
     Column("completed_at", BigInteger),
-    Column("source_hash", String(16)),
+    Column("source_hash", name_type(16)),
     Column("input", Text, nullable=False),
     Column("result", Text),
     Column("error", Text),
+    **TABLE,
 )
 
 Index("romancy_instances_created", instances.c.created_at, instances.c.instance_id)
@@ -45,12 +68,12 @@ Index(
 history = Table(
     "romancy_history",
     metadata,
-    Column("instance_id", String(200), primary_key=True),
+    Column("instance_id", name_type(200), primary_key=True),
     Column("run", Integer, primary_key=True),
     Column("seq", Integer, primary_key=True),
-    Column("kind", String(40), nullable=False),
-    Column("operation_id", String(400)),
-    Column("name", String(200)),
+    Column("kind", name_type(40), nullable=False),
+    Column("operation_id", name_type(400)),
+    Column("name", name_type(200)),
     Column("position", Integer),
     Column("attempt", Integer, nullable=False),
     Column("at", BigInteger, nullable=False),
@@ -59,19 +82,21 @@ history = Table(
     Column("result", Text),
     Column("error", Text),
     sqlite_with_rowid=False,
+    **TABLE,
 )
 
 workers = Table(
     "romancy_workers",
     metadata,
-    Column("worker_id", String(36), primary_key=True),
-    Column("name", String(200), nullable=False),
-    Column("state", String(8), nullable=False),
-    Column("host", String(120), nullable=False),
+    Column("worker_id", name_type(36), primary_key=True),
+    Column("name", name_type(200), nullable=False),
+    Column("state", name_type(8), nullable=False),
+    Column("host", name_type(120), nullable=False),
     Column("pid", Integer, nullable=False),
     Column("process_started", BigInteger, nullable=False),
     Column("started_at", BigInteger, nullable=False),
     Column("lease_until", BigInteger, nullable=False),
+    **TABLE,
 )
 
 SCHEMA_VERSION = "0001"

@@ -9,24 +9,39 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from romancy.errors import DatabaseError, FencedError, SessionError
-from romancy.storage.failures import database_error
-from romancy.storage.lock import WriteLock
+from romancy.errors import DatabaseError, SessionError
+from romancy.storage.failures import database_error, is_lost
 from romancy.storage.rows import HistoryRow
-from romancy.storage.schema import history, workers
-from romancy.storage.sqlite import SqliteStore, prepare_connection
+from romancy.storage.store import Store
 
 LONG_TRANSACTION_S = 1.0
 
 
+class CommitUnsureError(DatabaseError):
+    """The connection was lost while the outcome was committed; see :meth:`Store.find_event`."""
+
+
+class HistoryConflictError(DatabaseError):
+    """Somebody else has recorded the event that was to be written: the instance is theirs."""
+
+
 class _LazySession(Session):
-    """A session that asks its transaction for a connection when it first needs one."""
+    """A session that asks its transaction for a connection when it first needs one, and ends with the activity only."""
+
+    def close(self) -> None:
+        transaction: ActivityTransaction = self.info["transaction"]
+        if not transaction.is_over:
+            raise SessionError(
+                "the session of an activity is Romancy's to close, at the activity's end: use it without `with`, and "
+                "without close()"
+            )
+        super().close()
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Connection:
         transaction: ActivityTransaction = self.info["transaction"]
@@ -37,6 +52,10 @@ class ActivityTransaction:
     """One attempt's transaction; nothing is opened until the session is used.
 
     Not safe for several tasks or threads at a time, as sessions never are.
+
+    Attributes:
+        failure: why the transaction could not begin, if so.
+        is_over: it has ended, one way or the other.
     """
 
     def __init__(self, engines: SessionEngines, *, is_async: bool) -> None:
@@ -45,12 +64,20 @@ class ActivityTransaction:
         self._connection: Connection | None = None
         self._session: AsyncSession | Session | None = None
         self._opened_at = 0.0
-        self._is_over = False
+        self._is_committing = False
+        self._is_committed = False
+        self.failure: DatabaseError | None = None
+        self.is_over = False
 
     @property
     def is_open(self) -> bool:
-        """Whether the transaction has begun, and so holds the database's write lock."""
+        """Whether the transaction has begun."""
         return self._connection is not None
+
+    @property
+    def holds_everybody_up(self) -> bool:
+        """Whether nobody else can write now, for the transaction is open and the database has one writer."""
+        return self.is_open and self._engines.store.has_one_writer
 
     @property
     def is_used(self) -> bool:
@@ -68,7 +95,7 @@ class ActivityTransaction:
         Raises:
             SessionError: the attempt is over.
         """
-        if self._is_over:
+        if self.is_over:
             raise SessionError("this activity's session is closed: use it only while the activity runs")
         if self._session is None:
             options: dict[str, Any] = {
@@ -84,7 +111,7 @@ class ActivityTransaction:
 
     def connection(self) -> Connection:
         """The connection, its transaction begun; in an async activity called inside SQLAlchemy's greenlet."""
-        if self._is_over:
+        if self.is_over:
             raise SessionError("this activity's session is closed: use it only while the activity runs")
         if self._connection is None:
             lock = self._engines.write_lock
@@ -102,13 +129,22 @@ class ActivityTransaction:
             except SQLAlchemyError as error:
                 lock.release()
                 # Not the activity's failure: it had not begun to write.
-                raise database_error(error, self._engines.name) from error
+                self.failure = database_error(error, self._engines.name)
+                raise self.failure from error
             except BaseException:
                 lock.release()
                 raise
             self._connection = connection
             self._opened_at = time.monotonic()
+            event.listen(connection, "commit", self._on_commit)
         return self._connection
+
+    def _on_commit(self, _connection: Connection) -> None:
+        if not self._is_committing:
+            raise SessionError(
+                "only Romancy commits the transaction of an activity, together with the recorded outcome: "
+                "session.commit() ends a savepoint, connection().commit() is not for activities"
+            )
 
     async def flush(self) -> None:
         """Send what the session still holds back to the database, so that its errors count for the activity."""
@@ -128,6 +164,9 @@ class ActivityTransaction:
 
         Raises:
             FencedError: the worker lost its lease; everything was rolled back.
+            CommitUnsureError: the connection was lost; only the database knows what became of it.
+            HistoryConflictError: the instance belongs to another worker; everything was rolled back.
+            IntegrityError: a constraint that the database checks at the commit refused the user's rows.
             DatabaseError: the commit failed; everything was rolled back.
         """
         await greenlet_spawn(self.commit_in_thread, worker_id, event_row, renew_until)
@@ -136,19 +175,27 @@ class ActivityTransaction:
         """The same, blocking."""
         connection = self._connection
         assert connection is not None
+        self._is_committing = True
         try:
-            fence = workers.update().where(workers.c.worker_id == worker_id, workers.c.state == "alive")
-            if connection.execute(fence.values(lease_until=renew_until)).rowcount != 1:
-                raise FencedError(f"worker {worker_id} has lost its lease; its instances belong to others now")
-            connection.execute(history.insert().values(event_row._asdict()))
+            self._record(connection, worker_id, event_row, renew_until)
             connection.commit()
-        except DatabaseError:
+            self._is_committed = True
+        except (DatabaseError, IntegrityError):
             self.close_in_thread()
             raise
         except Exception as error:
             self.close_in_thread()
-            raise database_error(error, self._engines.name) from error
+            failure = database_error(error, self._engines.name)
+            if is_lost(error):
+                raise CommitUnsureError(str(failure)) from error
+            raise failure from error
         self.close_in_thread()
+
+    def _record(self, connection: Connection, worker_id: str, event_row: HistoryRow, renew_until: int) -> None:
+        try:
+            self._engines.store.record_in(connection, worker_id, event_row, renew_until)
+        except IntegrityError as error:
+            raise HistoryConflictError(f"another worker has recorded event {event_row.seq}: {error.orig}") from error
 
     async def close(self) -> None:
         """End the transaction; what is not committed is rolled back."""
@@ -156,9 +203,9 @@ class ActivityTransaction:
 
     def close_in_thread(self) -> None:
         """The same, blocking."""
-        if self._is_over:
+        if self.is_over:
             return
-        self._is_over = True
+        self.is_over = True
         session, connection = self._session, self._connection
         try:
             if isinstance(session, AsyncSession):
@@ -168,20 +215,28 @@ class ActivityTransaction:
         finally:
             if connection is not None:
                 try:
-                    connection.close()
+                    self._end(connection)
                 finally:
                     self._engines.write_lock.release()
+
+    def _end(self, connection: Connection) -> None:
+        try:
+            if not self._is_committed and not connection.invalidated:
+                # SQLAlchemy may take a transaction for ended that the driver has open: after a refused commit.
+                connection.connection.rollback()
+        finally:
+            connection.close()
 
 
 class SessionEngines:
     """The engines behind activity sessions, made when the first one is opened."""
 
-    def __init__(self, store: SqliteStore) -> None:
-        self._store = store
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self._async_engine: AsyncEngine | None = None
         self._engine: Engine | None = None
-        self.name = str(store.address)
-        self.write_lock: WriteLock = store.write_lock
+        self.name = store.name
+        self.write_lock = store.write_lock
 
     def transaction(self, *, is_async: bool) -> ActivityTransaction:
         """A transaction for one attempt; nothing is opened yet."""
@@ -191,12 +246,12 @@ class SessionEngines:
         """The engine for sessions of that kind (of an async one, its inner engine)."""
         if is_async:
             if self._async_engine is None:
-                self._async_engine = create_async_engine(self._url("sqlite+aiosqlite"), **self._options())
-                self._set_up(self._async_engine.sync_engine)
+                self._async_engine = create_async_engine(self.store.url(is_async=True), **self.store.session_options())
+                self.store.set_up_sessions(self._async_engine.sync_engine)
             return self._async_engine.sync_engine
         if self._engine is None:
-            self._engine = create_engine(self._url("sqlite"), **self._options())
-            self._set_up(self._engine)
+            self._engine = create_engine(self.store.url(is_async=False), **self.store.session_options())
+            self.store.set_up_sessions(self._engine)
         return self._engine
 
     async def dispose(self) -> None:
@@ -205,37 +260,3 @@ class SessionEngines:
             await self._async_engine.dispose()
         if self._engine is not None:
             self._engine.dispose()
-
-    def _url(self, driver: str) -> URL:
-        return URL.create(driver, database=self._store.path)
-
-    def _options(self) -> dict[str, Any]:
-        return {"connect_args": {"timeout": self._store.busy_timeout_s}}
-
-    def _set_up(self, engine: Engine) -> None:
-        is_durable = not self._store.address.is_memory
-
-        @event.listens_for(engine, "connect")
-        def on_connect(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None
-            cursor = connection.cursor()
-            try:
-                prepare_connection(_CursorAsConnection(cursor), is_durable=is_durable)
-            finally:
-                cursor.close()
-
-        @event.listens_for(engine, "begin")
-        def on_begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-class _CursorAsConnection:
-    """A cursor that answers ``execute(…)`` with itself, as sqlite3's connections do; aiosqlite's do not."""
-
-    def __init__(self, cursor: Any) -> None:
-        self._cursor = cursor
-
-    def execute(self, sql: str) -> Any:
-        """Run a statement; fetch from what is returned."""
-        self._cursor.execute(sql)
-        return self._cursor

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import (
     BindParameter,
+    ColumnElement,
     Table,
     and_,
     bindparam,
@@ -25,7 +26,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import ClauseElement
 
 from romancy.model import Status
-from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, WorkerRow
+from romancy.storage.rows import ClaimedRow, HistoryRow, StateRow, WorkerRow
 from romancy.storage.schema import history, instances, workers
 
 CHUNKS = (256, 64, 16, 4, 1)
@@ -49,13 +50,20 @@ class Prepared:
 
 
 class ManyRows:
-    """One statement for many rows: ``prefix VALUES (…), (…) suffix``, in a few prepared sizes."""
+    """One statement for many rows: ``prefix VALUES (…), (…) suffix``, in a few prepared sizes.
+
+    Args:
+        prefix: what stands before ``VALUES``.
+        width: values a row.
+        suffix: what stands after the rows.
+        mark: the driver's placeholder.
+    """
 
     __slots__ = ("_by_size", "_width")
 
-    def __init__(self, prefix: str, width: int, suffix: str = "") -> None:
+    def __init__(self, prefix: str, width: int, suffix: str = "", mark: str = "?") -> None:
         self._width = width
-        row = "(" + ",".join("?" * width) + ")"
+        row = "(" + ",".join([mark] * width) + ")"
         self._by_size = {size: f"{prefix} VALUES {','.join([row] * size)} {suffix}" for size in CHUNKS}
 
     def pieces(self, rows: Sequence[tuple[Any, ...]]) -> list[tuple[str, list[Any], int]]:
@@ -71,46 +79,29 @@ class ManyRows:
         return pieces
 
 
-def _columns(table: Table, fields: tuple[str, ...]) -> str:
+def insert_into(table: Table, fields: tuple[str, ...]) -> str:
+    """The beginning of an ``INSERT`` of these columns."""
     assert all(field in table.c for field in fields)
-    return ", ".join(fields)
+    return f"INSERT INTO {table.name} ({', '.join(fields)})"
 
 
 class Statements:
-    """All statements of the engine, for one dialect.
+    """The statements that are the same on all databases, compiled for one of them.
 
     Args:
         dialect: whose SQL to write; its parameter style must be positional.
         workflow_names: the workflows that this app can run, for claims.
+        clock: the server's time in microseconds since the epoch; NULL where all processes share a machine.
     """
 
-    def __init__(self, dialect: Dialect, workflow_names: Sequence[str]) -> None:
-        start_columns = _columns(instances, StartRow._fields)
-        self.starts = ManyRows(f"INSERT INTO {instances.name} ({start_columns})", len(StartRow._fields))
-        self.keyed_starts = ManyRows(
-            f"INSERT INTO {instances.name} ({start_columns})",
-            len(StartRow._fields),
-            "ON CONFLICT (instance_id) DO NOTHING RETURNING instance_id",
-        )
-        self.history = ManyRows(
-            f"INSERT INTO {history.name} ({_columns(history, HistoryRow._fields)})", len(HistoryRow._fields)
-        )
-        # The row itself is compared too: a worker may change only what it owns (the last column).
-        self.states = ManyRows(
-            f"UPDATE {instances.name} SET status = v.column2, owner = v.column3, ready_at = v.column4, "
-            f"updated_at = v.column5, completed_at = v.column6, result = v.column7, error = v.column8, claims = 0 "
-            f"FROM (",
-            9,
-            f") AS v WHERE {instances.name}.instance_id = v.column1 AND {instances.name}.owner = v.column9",
-        )
-
+    def __init__(self, dialect: Dialect, workflow_names: Sequence[str], clock: ColumnElement[Any]) -> None:
         def prepare(statement: ClauseElement) -> Prepared:
             return Prepared(statement, dialect)
 
         me: BindParameter[str] = bindparam("me")
         now: BindParameter[int] = bindparam("now")
         alive = and_(workers.c.worker_id == me, workers.c.state == "alive")
-        self.fence = prepare(select(literal(1)).select_from(workers).where(alive))
+        self.fence = prepare(select(literal(1)).select_from(workers).where(alive).with_for_update(read=True))
         self.renew = prepare(update(workers).where(alive).values(lease_until=bindparam("lease_until")))
         self.register = prepare(insert(workers))
         self.deregister = prepare(delete(workers).where(workers.c.worker_id == me))
@@ -135,23 +126,34 @@ class Statements:
             )
             .scalar_subquery()
         )
-        self.scan = prepare(select(*[workers.c[field] for field in WorkerRow._fields], next_due))
+        self.scan = prepare(select(*[workers.c[field] for field in WorkerRow._fields], next_due, clock))
+        self.now = prepare(select(clock))
         self.next_due = prepare(select(next_due))
 
         free = and_(instances.c.owner.is_(None), instances.c.completed_at.is_(None))
         limit: BindParameter[int] = bindparam("limit")
-        self.claim_ready = prepare(
-            self._claim(
-                select(instances.c.instance_id)
-                .where(free, instances.c.ready_at <= now, known)
-                .order_by(instances.c.ready_at)
-                .limit(limit),
-                instances.c.claims,
-            )
+        claimed = select(*[instances.c[field] for field in ClaimedRow._fields])
+        self.find_ready = prepare(
+            claimed.where(free, instances.c.ready_at <= now, known)
+            .order_by(instances.c.ready_at)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
         )
         of_dead = and_(instances.c.owner == bindparam("worker_id"), instances.c.completed_at.is_(None))
-        self.claim_from = prepare(
-            self._claim(select(instances.c.instance_id).where(of_dead, known).limit(limit), instances.c.claims + 1)
+        self.find_of_dead = prepare(claimed.where(of_dead, known).limit(limit).with_for_update(skip_locked=True))
+        self.find_claimed = prepare(claimed.where(instances.c.owner == me, instances.c.updated_at == now))
+        self.lock_worker = prepare(select(literal(1)).select_from(workers).where(alive).with_for_update())
+        self.read_event = prepare(
+            select(literal(1)).where(
+                history.c.instance_id == bindparam("instance_id"),
+                history.c.run == bindparam("run"),
+                history.c.seq == bindparam("seq"),
+            )
+        )
+        self.read_state = prepare(
+            select(*[instances.c[field] for field in StateRow._fields], instances.c.created_at).where(
+                instances.c.instance_id == bindparam("instance_id")
+            )
         )
         waiting = instances.c.status == Status.WAITING_FOR_TIMER.value
         self.release = prepare(
@@ -196,23 +198,4 @@ class Statements:
             select(instances.c.workflow_name, instances.c.input).where(
                 instances.c.instance_id == bindparam("instance_id")
             )
-        )
-
-    @staticmethod
-    def _claim(chosen: Any, claims: Any) -> Any:
-        return (
-            update(instances)
-            .where(instances.c.instance_id.in_(chosen))
-            .values(
-                owner=bindparam("me"),
-                ready_at=null(),
-                status=case(
-                    (instances.c.status == Status.PENDING.value, Status.RUNNING.value),
-                    else_=instances.c.status,
-                ),
-                claims=claims,
-                started_at=func.coalesce(instances.c.started_at, bindparam("now")),
-                updated_at=bindparam("now"),
-            )
-            .returning(*[instances.c[field] for field in ClaimedRow._fields])
         )

@@ -276,7 +276,10 @@ class Writer:
         for start in starts:
             if start.future.done() and not start.future.cancelled():
                 continue
-            start.succeed(not start.is_keyed or start.row.instance_id in batch.inserted)
+            is_new = not start.is_keyed or start.row.instance_id in batch.inserted
+            # Of several starts of one id in a batch, the first has made the instance.
+            batch.inserted.discard(start.row.instance_id)
+            start.succeed(is_new)
         for callback in callbacks:
             callback()
         if self._open.row_count < MAX_WAITING_ROWS:
@@ -300,15 +303,27 @@ class Writer:
         self._loop.call_later(wait_s, self._send, batch)
 
     def _fail_starts(self, batch: Batch, error: DatabaseError) -> None:
-        """Callers of start hear of the error now, and may try again; what the engine recorded waits."""
-        not_durable = {id(party.member) for party in batch.waiting}
-        durable = [start for start in self._flight_starts if id(start) not in not_durable]
-        lost = [start for start in self._flight_starts if id(start) in not_durable]
-        for start in lost + self._starts:
+        """Callers of start hear of the error now, and may try again; what the engine recorded waits.
+
+        Not so after a connection was lost in the middle: those starts may be durable, and their callers wait for the
+        truth.
+        """
+        for start in self._starts:
             start.fail(error)
-        for waiting in (batch, self._open):
-            waiting.waiting = [party for party in waiting.waiting if not isinstance(party.member, Start)]
-        self._flight_starts, self._starts = durable, []
+        self._starts = []
+        self._leave_out_starts(self._open)
+        if batch.is_unsure:
+            return
+        not_durable = {id(party.member) for party in batch.waiting}
+        for start in self._flight_starts:
+            if id(start) in not_durable:
+                start.fail(error)
+        self._flight_starts = [start for start in self._flight_starts if id(start) not in not_durable]
+        self._leave_out_starts(batch)
+
+    @staticmethod
+    def _leave_out_starts(batch: Batch) -> None:
+        batch.waiting = [party for party in batch.waiting if not isinstance(party.member, Start)]
 
     @staticmethod
     def _release(waiters: list[asyncio.Future[None]]) -> None:

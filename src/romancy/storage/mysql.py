@@ -1,0 +1,206 @@
+"""MySQL and MariaDB: what they answer in their own way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import URL, ColumnElement, Connection, Engine, event, literal_column, text
+from sqlalchemy.dialects import mysql as mysql_dialect
+
+from romancy.errors import ConfigurationError, DatabaseUnsafeError, SchemaError
+from romancy.storage.address import ServerAddress
+from romancy.storage.failures import NotOwnedError
+from romancy.storage.listener import Listener
+from romancy.storage.rows import StartRow, StateRow
+from romancy.storage.schema import history, instances, workers
+from romancy.storage.server import CONNECT_TIMEOUT_S, IDLE_TRANSACTION_S, LOCK_WAIT_S, ServerStore
+from romancy.storage.statements import ManyRows, insert_into
+from romancy.storage.threads import Link
+
+try:
+    import pymysql
+    from pymysql.constants import CLIENT
+except ImportError as error:
+    raise ConfigurationError(
+        f"MySQL and MariaDB need their drivers: pip install 'romancy[mysql]' (import pymysql says: {error})"
+    ) from error
+
+logger = logging.getLogger("romancy.storage")
+
+MINIMUM_MARIADB = (10, 6)
+MINIMUM_MYSQL = (8, 0)
+MIGRATION_LOCK = "romancy-migration"
+MIGRATION_WAIT_S = 60
+SLEEP = "SELECT /* romancy listens */ SLEEP"
+LISTEN_SLICE_S = 20
+READ_TIMEOUT_S = 30
+
+
+class MysqlLink:
+    """A PyMySQL connection that answers ``execute`` with a cursor."""
+
+    def __init__(self, connection: pymysql.connections.Connection[Any]) -> None:
+        self.connection = connection
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """See :class:`romancy.storage.threads.Link`."""
+        cursor = self.connection.cursor()
+        cursor.execute(sql, tuple(parameters))
+        return cursor
+
+    def close(self) -> None:
+        """See :class:`romancy.storage.threads.Link`."""
+        self.connection.close()
+
+
+class MysqlStore(ServerStore):
+    """A MySQL or MariaDB database.
+
+    Args:
+        address: where it is.
+        workflow_names: the workflows that this app can run.
+    """
+
+    begin = "START TRANSACTION"
+
+    def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
+        now: ColumnElement[Any] = literal_column("CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)")
+        super().__init__(address, mysql_dialect.dialect(paramstyle="format"), workflow_names, now)
+        self._is_mariadb = True
+        self._keyed_starts = ManyRows(
+            insert_into(instances, StartRow._fields),
+            len(StartRow._fields),
+            "ON DUPLICATE KEY UPDATE instance_id = VALUES(instance_id)",
+            mark="%s",
+        )
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        with contextlib.closing(self._connect()) as link:
+            version, flushes = link.execute("SELECT VERSION(), @@innodb_flush_log_at_trx_commit").fetchone()
+        self._is_mariadb = "mariadb" in version.lower()
+        numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
+        kind, minimum = ("MariaDB", MINIMUM_MARIADB) if self._is_mariadb else ("MySQL", MINIMUM_MYSQL)
+        if numbers < minimum:
+            raise DatabaseUnsafeError(
+                f"database {self.name}: {kind} {version} is too old: take {'.'.join(map(str, minimum))} or newer"
+            )
+        if flushes != 1:
+            raise DatabaseUnsafeError(
+                f"database {self.name}: innodb_flush_log_at_trx_commit is {flushes}, so a crash of the server would "
+                f"lose what it has acknowledged: SET GLOBAL innodb_flush_log_at_trx_commit = 1, and in my.cnf"
+            )
+
+    def prepare(self, migrate: bool) -> str | None:
+        before = super().prepare(migrate)
+        with contextlib.closing(self._connect()) as link:
+            names = [table.name for table in (instances, history, workers)]
+            found = link.execute(
+                "SELECT table_name, engine FROM information_schema.tables "
+                f"WHERE table_schema = DATABASE() AND table_name IN ({','.join(['%s'] * len(names))})",
+                names,
+            ).fetchall()
+        for name, engine in found:
+            if engine.lower() != "innodb":
+                raise DatabaseUnsafeError(
+                    f"database {self.name}: table {name} has the engine {engine}, which has no transactions: "
+                    f"ALTER TABLE {name} ENGINE = InnoDB"
+                )
+        return before
+
+    def connect(self) -> MysqlLink:
+        link = self._connect()
+        settings = [
+            "SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+            f"SESSION innodb_lock_wait_timeout = {LOCK_WAIT_S}",
+            "SESSION time_zone = '+00:00'",
+        ]
+        if self._is_mariadb:
+            settings.append(f"SESSION idle_transaction_timeout = {IDLE_TRANSACTION_S}")
+        for setting in settings:
+            link.execute(f"SET {setting}")
+        return link
+
+    def _connect(self) -> MysqlLink:
+        url = self.url(is_async=False)
+        _, parameters = mysql_dialect.pymysql.dialect().create_connect_args(url)
+        parameters["client_flag"] = parameters.get("client_flag", 0) | CLIENT.FOUND_ROWS
+        options: dict[str, Any] = {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "charset": "utf8mb4",
+        }
+        return MysqlLink(pymysql.connect(autocommit=True, **{**options, **parameters}))
+
+    def url(self, *, is_async: bool) -> URL:
+        kind = "mariadb" if self._is_mariadb else "mysql"
+        return self.address.url.set(drivername=f"{kind}+{'asyncmy' if is_async else 'pymysql'}")
+
+    @contextlib.contextmanager
+    def migration_lock(self, connection: Connection) -> Iterator[None]:
+        parameters = {"name": MIGRATION_LOCK, "wait": MIGRATION_WAIT_S}
+        if connection.execute(text("SELECT GET_LOCK(:name, :wait)"), parameters).scalar_one() != 1:
+            raise SchemaError(
+                f"database {self.name}: another process has migrated it for more than {MIGRATION_WAIT_S} s; start again"
+            )
+        try:
+            yield
+        finally:
+            connection.execute(text("SELECT RELEASE_LOCK(:name)"), parameters)
+
+    def set_up_sessions(self, engine: Engine) -> None:
+        if not self._is_mariadb:
+            return
+
+        @event.listens_for(engine, "connect")
+        def on_connect(connection: Any, _record: Any) -> None:
+            cursor = connection.cursor()
+            cursor.execute(f"SET SESSION idle_write_transaction_timeout = {IDLE_TRANSACTION_S}")
+            cursor.close()
+
+    # -- hints -------------------------------------------------------------------------------------
+
+    def _make_listener(self, on_hint: Callable[[], None]) -> Listener:
+        return Listener(self._connect, self._wait_for_hint, _abort, on_hint)
+
+    def _wait_for_hint(self, link: Link) -> bool:
+        # Neither server has a call that waits for news; but whoever sleeps can be woken, see _hint.
+        return bool(link.execute(f"{SLEEP}({LISTEN_SLICE_S})").fetchone()[0])
+
+    def _hint(self, link: Link) -> None:
+        sleepers = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND info LIKE %s"
+        for (thread_id,) in link.execute(sleepers, [f"{SLEEP}%"]).fetchall():
+            try:
+                link.execute(f"KILL QUERY {int(thread_id)}")
+            except pymysql.err.Error as error:
+                logger.debug("connection %s has gone before it was woken: %s", thread_id, error)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _insert_keyed(self, link: Link, rows: list[StartRow]) -> set[str]:
+        for sql, values, _ in self._keyed_starts.pieces(rows):
+            link.execute(sql, values)
+        # Neither server says which of several rows it has inserted.
+        return {row.instance_id for row in rows if self._is_start_ours(link, row)}
+
+    def _update_states(self, link: Link, states: list[StateRow], worker_id: str) -> None:
+        sets = ", ".join(f"i.{field} = v.{field}" for field in StateRow._fields if field != "instance_id")
+        first = ", ".join(f"%s AS {field}" for field in StateRow._fields)
+        others = " UNION ALL SELECT ".join([first, *[", ".join(["%s"] * len(StateRow._fields))] * (len(states) - 1)])
+        sql = (
+            f"UPDATE {instances.name} AS i JOIN (SELECT {others}) AS v ON i.instance_id = v.instance_id "
+            f"SET {sets}, i.claims = 0 WHERE i.owner = %s"
+        )
+        if link.execute(sql, [*[value for state in states for value in state], worker_id]).rowcount != len(states):
+            raise NotOwnedError("an instance is no longer owned by this worker")
+
+
+def _abort(link: Link) -> None:
+    assert isinstance(link, MysqlLink)
+    raw: Any = link.connection
+    raw._sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,213 @@
+"""PostgreSQL: what it answers in its own way. A group commit is one statement, its fence included: one round trip."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import URL, BigInteger, Connection, cast, func, text
+from sqlalchemy.dialects.postgresql.base import PGDialect
+
+from romancy.errors import ConfigurationError, DatabaseUnsafeError
+from romancy.storage.address import ServerAddress
+from romancy.storage.batch import Party
+from romancy.storage.listener import Listener
+from romancy.storage.rows import HistoryRow, StartRow, StateRow
+from romancy.storage.schema import history, instances, workers
+from romancy.storage.server import CONNECT_TIMEOUT_S, IDLE_TRANSACTION_S, LOCK_WAIT_S, ServerStore
+from romancy.storage.store import fenced
+from romancy.storage.threads import Link
+
+try:
+    import psycopg
+except ImportError as error:
+    raise ConfigurationError(
+        f"PostgreSQL needs its driver: pip install 'romancy[postgresql]' (import psycopg says: {error})"
+    ) from error
+
+MINIMUM_VERSION = 130_000
+CHANNEL = "romancy"
+LISTEN_SLICE_S = 0.2
+MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
+
+_TYPES = {"run": "int", "claims": "int", "seq": "int", "position": "int", "attempt": "int"} | dict.fromkeys(
+    ("ready_at", "created_at", "started_at", "updated_at", "completed_at", "at", "due_at"), "bigint"
+)
+
+
+class PostgresqlStore(ServerStore):
+    """A PostgreSQL database.
+
+    Args:
+        address: where it is.
+        workflow_names: the workflows that this app can run.
+    """
+
+    def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
+        now = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
+        dialect: Any = PGDialect
+        super().__init__(address, dialect(paramstyle="format"), workflow_names, now)
+        self._flush_as_client = _flush_statement("SELECT 1")
+        self._flush_as_worker = _flush_statement(
+            f"SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' FOR SHARE"
+        )
+        self._flush_and_renew = _flush_statement(
+            f"UPDATE {workers.name} SET lease_until = %s WHERE worker_id = %s AND state = 'alive' RETURNING 1"
+        )
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        with contextlib.closing(self.connect()) as link:
+            settings: Any = link.execute(
+                "SELECT current_setting('server_version_num')::int, current_setting('fsync'), "
+                "current_setting('synchronous_commit'), current_setting('full_page_writes')"
+            ).fetchone()
+        version, fsync, commit, pages = settings
+        if version < MINIMUM_VERSION:
+            raise DatabaseUnsafeError(
+                f"database {self.name}: PostgreSQL {version // 10_000} is too old: take 13 or newer"
+            )
+        for setting, value, wanted in (("fsync", fsync, "on"), ("full_page_writes", pages, "on")):
+            if value != wanted:
+                raise DatabaseUnsafeError(
+                    f"database {self.name}: {setting} is {value}, so a crash of the server would lose what it has "
+                    f"acknowledged: set {setting} = {wanted} in postgresql.conf"
+                )
+        if commit == "off":
+            raise DatabaseUnsafeError(
+                f"database {self.name}: synchronous_commit is off, so a crash of the server would lose what it has "
+                f"acknowledged: ALTER DATABASE … SET synchronous_commit = on"
+            )
+
+    def connect(self) -> Link:
+        url = self.url(is_async=False).set(drivername="postgresql")
+        options = {"connect_timeout": str(CONNECT_TIMEOUT_S), **dict(url.query)}
+        parameters: dict[str, Any] = {
+            "host": url.host,
+            "port": url.port,
+            "user": url.username,
+            "password": url.password,
+            "dbname": url.database,
+            **options,
+        }
+        connection: Any = psycopg.connect(
+            autocommit=True, **{key: value for key, value in parameters.items() if value is not None}
+        )
+        connection.execute(
+            f"SELECT set_config('lock_timeout', '{LOCK_WAIT_S}s', false), "
+            f"set_config('idle_in_transaction_session_timeout', '{IDLE_TRANSACTION_S}s', false), "
+            f"set_config('default_transaction_isolation', 'read committed', false)"
+        )
+        link: Link = connection
+        return link
+
+    def url(self, *, is_async: bool) -> URL:
+        del is_async  # one driver does both
+        return self.address.url.set(drivername="postgresql+psycopg")
+
+    @contextlib.contextmanager
+    def migration_lock(self, connection: Connection) -> Iterator[None]:
+        # Ends with the transaction; DDL belongs to it, too.
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        yield
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _write_parties(
+        self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None
+    ) -> set[str]:
+        states = [p.state for p in parties if p.state is not None]
+        rows = (
+            _as_json(StartRow._fields, [row for p in parties for row in p.starts]),
+            _as_json(StartRow._fields, [row for p in parties for row in p.keyed_starts]),
+            _as_json(HistoryRow._fields, [row for p in parties for row in p.history]),
+            _as_json(StateRow._fields, states),
+        )
+        if worker_id is None:
+            statement, fence = self._flush_as_client, list[Any]()
+        elif renew_until is None:
+            statement, fence = self._flush_as_worker, [worker_id]
+        else:
+            statement, fence = self._flush_and_renew, [renew_until, worker_id]
+        # An instance that is not this worker's makes the division fail, and with it the whole statement.
+        is_alive, inserted, _ = link.execute(statement, [*fence, *rows, worker_id, len(states)]).fetchone()
+        if not is_alive:
+            assert worker_id is not None
+            raise fenced(worker_id)
+        return set(inserted or ())
+
+    # -- hints -------------------------------------------------------------------------------------
+
+    def _make_listener(self, on_hint: Callable[[], None]) -> Listener:
+        return Listener(self._listen, self._wait_for_hint, lambda link: None, on_hint)
+
+    def _listen(self) -> Link:
+        link = self.connect()
+        link.execute(f"LISTEN {CHANNEL}")
+        return link
+
+    def _wait_for_hint(self, link: Link) -> bool:
+        connection: Any = link
+        return any(True for _ in connection.notifies(timeout=LISTEN_SLICE_S, stop_after=1))
+
+    def _hint(self, link: Link) -> None:
+        # Not in the transaction of the work itself: notifying commits queue up behind one lock of the server.
+        link.execute(f"NOTIFY {CHANNEL}")
+
+    def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
+        del renew_until
+        found = connection.execute(_RECORD, {"me": worker_id, "event": _as_json(HistoryRow._fields, [event])}).first()
+        if found is None:
+            raise fenced(worker_id)
+
+    def _insert_keyed(self, link: Link, rows: list[StartRow]) -> set[str]:
+        raise NotImplementedError  # part of the one statement
+
+    def _update_states(self, link: Link, states: list[StateRow], worker_id: str) -> None:
+        raise NotImplementedError  # part of the one statement
+
+
+def _as_json(fields: tuple[str, ...], rows: list[Any]) -> str:
+    """Rows as one parameter: far cheaper for the driver than a parameter for each value."""
+    if not rows:
+        return "[]"
+    return json.dumps([dict(zip(fields, row, strict=True)) for row in rows], ensure_ascii=False)
+
+
+def _recordset(fields: tuple[str, ...], parameter: str = "%s") -> str:
+    columns = ", ".join(f"{field} {_TYPES.get(field, 'text')}" for field in fields)
+    return f"json_to_recordset(CAST({parameter} AS json)) AS v({columns})"
+
+
+def _flush_statement(fence: str) -> str:
+    start, event = ", ".join(StartRow._fields), ", ".join(HistoryRow._fields)
+    sets = ", ".join(f"{field} = v.{field}" for field in StateRow._fields if field != "instance_id")
+    alive = "EXISTS (SELECT FROM fence)"
+    return (
+        f"WITH fence AS MATERIALIZED ({fence}), "
+        f"starts AS (INSERT INTO {instances.name} ({start}) SELECT {start} "
+        f"FROM {_recordset(StartRow._fields)} WHERE {alive}), "
+        f"keyed AS (INSERT INTO {instances.name} ({start}) SELECT {start} "
+        f"FROM {_recordset(StartRow._fields)} WHERE {alive} ON CONFLICT (instance_id) DO NOTHING "
+        f"RETURNING instance_id), "
+        f"events AS (INSERT INTO {history.name} ({event}) SELECT {event} "
+        f"FROM {_recordset(HistoryRow._fields)} WHERE {alive}), "
+        f"states AS (UPDATE {instances.name} AS i SET {sets}, claims = 0 "
+        f"FROM {_recordset(StateRow._fields)} WHERE {alive} AND i.instance_id = v.instance_id AND i.owner = %s "
+        f"RETURNING 1) "
+        f"SELECT {alive}, (SELECT array_agg(instance_id) FROM keyed), "
+        f"1 / (CASE WHEN NOT {alive} OR (SELECT count(*) FROM states) = %s THEN 1 ELSE 0 END)"
+    )
+
+
+_RECORD = text(
+    f"WITH fence AS MATERIALIZED (SELECT 1 FROM {workers.name} "
+    f"WHERE worker_id = :me AND state = 'alive' FOR SHARE) "
+    f"INSERT INTO {history.name} ({', '.join(HistoryRow._fields)}) SELECT {', '.join(HistoryRow._fields)} "
+    f"FROM {_recordset(HistoryRow._fields, ':event')} "
+    f"WHERE EXISTS (SELECT FROM fence) "
+    f"RETURNING set_config('idle_in_transaction_session_timeout', '{IDLE_TRANSACTION_S}s', true)"
+)

@@ -1,0 +1,66 @@
+"""What the databases on servers have in common: SQLAlchemy's engines, and tables made under a lock."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Engine
+from sqlalchemy.engine.interfaces import Dialect
+
+from romancy.clock import DatabaseClock
+from romancy.storage.address import ServerAddress
+from romancy.storage.migrate import ensure_server_schema
+from romancy.storage.store import Store
+
+CONNECT_TIMEOUT_S = 10
+LOCK_WAIT_S = 5
+"""The engine's own transactions are short; what waits longer for a lock is tried again."""
+
+IDLE_TRANSACTION_S = 10
+"""A transaction that has checked the fence and falls silent, for its process was stopped, must not hold up others."""
+
+
+class ServerStore(Store):
+    """A database on a server.
+
+    Args:
+        address: where it is.
+        dialect: its SQL.
+        workflow_names: the workflows that this app can run.
+        server_time: what asks the server for its time.
+    """
+
+    def __init__(
+        self, address: ServerAddress, dialect: Dialect, workflow_names: Sequence[str], server_time: ColumnElement[Any]
+    ) -> None:
+        super().__init__(str(address), dialect, workflow_names, "%s", DatabaseClock(), server_time)
+        self.address = address
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse a server that is too old, or would lose what it has acknowledged.
+
+        Raises:
+            DatabaseUnsafeError: it is one.
+        """
+
+    @abstractmethod
+    def migration_lock(self, connection: Connection) -> AbstractContextManager[None]:
+        """Lets one process at a time migrate."""
+
+    def prepare(self, migrate: bool) -> str | None:
+        self.check()
+        return ensure_server_schema(self.url(is_async=False), self.name, self.migration_lock, migrate=migrate)
+
+    def session_options(self) -> dict[str, Any]:
+        # A server, or a proxy before it, may have closed a connection that lay idle.
+        return {"isolation_level": "READ COMMITTED", "pool_pre_ping": True, "pool_size": 10, "max_overflow": 20}
+
+    def set_up_sessions(self, engine: Engine) -> None:
+        del engine
+
+    def set_up_reading(self, engine: Engine) -> None:
+        del engine

@@ -1,0 +1,566 @@
+"""What the engine asks of a database; the same for all of them but for a few methods that each one answers itself.
+
+One thread writes, one reads, each on a driver connection of its own: the event loop never waits for the database, and
+the lease is renewed whatever user code does to the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, ColumnElement, Connection, Engine
+from sqlalchemy.engine.interfaces import Dialect
+
+from romancy.clock import Clock, DatabaseClock
+from romancy.errors import DatabaseError, FencedError
+from romancy.model import Status
+from romancy.storage.batch import Batch, Party, run_batch
+from romancy.storage.failures import database_error, is_driver_error, is_lost
+from romancy.storage.listener import Listener
+from romancy.storage.lock import FreeLock, WriteLock
+from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
+from romancy.storage.schema import history, instances, workers
+from romancy.storage.statements import ManyRows, Prepared, Statements, insert_into
+from romancy.storage.threads import ConnectionThread, Job, Link
+
+logger = logging.getLogger("romancy.storage")
+
+T = TypeVar("T")
+
+
+class Store(ABC):
+    """All that the engine asks of a database.
+
+    Methods that return a ``concurrent.futures.Future`` may be called from any thread; they never block.
+
+    Args:
+        name: how messages call the database.
+        dialect: its SQL; with a positional parameter style.
+        workflow_names: the workflows that this app can run.
+        mark: the driver's placeholder for a parameter.
+        clock: the database's clock.
+        server_time: what asks the server for its time.
+
+    Attributes:
+        write_lock: who may write now; on databases with many writers, everybody.
+        has_one_writer: whether an open transaction keeps all others from writing.
+        own_writes: counts what this store has written.
+    """
+
+    begin = "BEGIN"
+    has_one_writer = False
+
+    def __init__(
+        self,
+        name: str,
+        dialect: Dialect,
+        workflow_names: Sequence[str],
+        mark: str,
+        clock: Clock,
+        server_time: ColumnElement[Any],
+    ) -> None:
+        self.name = name
+        self.mark = mark
+        self.write_lock: WriteLock | FreeLock = FreeLock()
+        self.clock = clock
+        self.own_writes = 0
+        self._statements = Statements(dialect, workflow_names, server_time)
+        self._starts = ManyRows(insert_into(instances, StartRow._fields), len(StartRow._fields), mark=mark)
+        self._history = ManyRows(insert_into(history, HistoryRow._fields), len(HistoryRow._fields), mark=mark)
+        self._unsure_claim: int | None = None
+        self._listener: Listener | None = None
+        self._writer: ConnectionThread | None = None
+        self._reader: ConnectionThread | None = None
+
+    # -- what each database answers itself ---------------------------------------------------------
+
+    @abstractmethod
+    def connect(self) -> Link:
+        """A new connection of the engine's own, with durable settings."""
+
+    @abstractmethod
+    def prepare(self, migrate: bool) -> str | None:
+        """Check the server's settings, and bring the tables up to date. Blocks.
+
+        Returns:
+            The version of the tables that were there before.
+        """
+
+    @abstractmethod
+    def url(self, *, is_async: bool) -> URL:
+        """SQLAlchemy's URL of this database, with the driver for sessions of that kind."""
+
+    @abstractmethod
+    def session_options(self) -> dict[str, Any]:
+        """Options for SQLAlchemy's engines behind activity sessions."""
+
+    @abstractmethod
+    def set_up_sessions(self, engine: Engine) -> None:
+        """Give an engine behind activity sessions what its connections need."""
+
+    @abstractmethod
+    def set_up_reading(self, engine: Engine) -> None:
+        """Give an engine behind queries what its connections need."""
+
+    @abstractmethod
+    def _insert_keyed(self, link: Link, rows: list[StartRow]) -> set[str]:
+        """Insert the starts whose ids are new; returns the ids of those."""
+
+    @abstractmethod
+    def _update_states(self, link: Link, states: list[StateRow], worker_id: str) -> None:
+        """Write the states of instances that this worker owns.
+
+        Raises:
+            NotOwnedError: one of them is not this worker's.
+        """
+
+    # -- opening and closing -----------------------------------------------------------------------
+
+    def open(self, migrate: bool) -> None:
+        """Connect, check the server's settings and bring the tables up to date. Blocks.
+
+        Raises:
+            DatabaseError: it can't be opened, or is not fit for durable work.
+        """
+        try:
+            self.prepare(migrate)
+            self._writer = ConnectionThread("romancy-writer", self.connect, is_lost)
+            self._writer.open().result()
+            self._reader = ConnectionThread("romancy-reader", self.connect, is_lost)
+            self._reader.open().result()
+            self._reader.submit(self._ask_time).result()
+        except DatabaseError:
+            self.close()
+            raise
+        except Exception as error:
+            self.close()
+            raise database_error(error, self.name) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def give_up(self) -> None:
+        """Write nothing more: whoever waits for its turn fails."""
+        self.write_lock.give_up()
+
+    def close(self) -> None:
+        """End both threads. Blocks until what was queued is done, or for a while."""
+        for thread in (self._writer, self._reader):
+            if thread is not None:
+                thread.close()
+        self._writer = self._reader = None
+
+    # -- the group commit --------------------------------------------------------------------------
+
+    def flush(self, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+        """Commit a batch in one transaction, under the worker's fence.
+
+        Rows that a constraint refuses are found and left out; the batch names their parties. After a connection was
+        lost in the middle, nobody knows what is durable: the next attempt looks first.
+        """
+
+        def job(link: Link) -> None:
+            if batch.is_unsure:
+                self._leave_out_what_is_durable(link, batch, worker_id)
+            try:
+                run_batch(batch, lambda parties: self._write_parties(link, parties, worker_id, renew_until))
+            except Exception as error:
+                batch.is_unsure = batch.is_unsure or is_lost(error)
+                raise
+            if batch.is_unsure:
+                self._acquit(link, batch)
+            if is_work_for_others:
+                self._tell_others(link)
+
+        is_work_for_others = any(party.makes_work for party in batch.waiting)
+        return self._write(job)
+
+    def _write_parties(
+        self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None
+    ) -> set[str]:
+        """Commit these parties' rows in one transaction, under the fence; returns the ids of the new keyed starts."""
+        inserted: set[str] = set()
+        with self._transaction(link):
+            if worker_id is not None:
+                self._check_or_renew(link, worker_id, renew_until)
+            for sql, values, _ in self._starts.pieces([row for p in parties for row in p.starts]):
+                link.execute(sql, values)
+            keyed = [row for p in parties for row in p.keyed_starts]
+            if keyed:
+                inserted = self._insert_keyed(link, keyed)
+            for sql, values, _ in self._history.pieces([row for p in parties for row in p.history]):
+                link.execute(sql, values)
+            states = [p.state for p in parties if p.state is not None]
+            if states:
+                assert worker_id is not None
+                self._update_states(link, states, worker_id)
+        return inserted
+
+    def _leave_out_what_is_durable(self, link: Link, batch: Batch, worker_id: str | None) -> None:
+        with self._transaction(link):
+            if worker_id is not None:
+                # Waits until whatever the lost connection left behind is over: that holds a lock on this row, too.
+                self._check_fence(link, worker_id, self._statements.lock_worker)
+            durable = [party for party in batch.waiting if self._is_durable(link, party)]
+        self._note_durable(batch, durable)
+        gone = {id(party) for party in durable}
+        batch.waiting = [party for party in batch.waiting if id(party) not in gone]
+
+    def _acquit(self, link: Link, batch: Batch) -> None:
+        """What was refused because it was there already, from the attempt before, was not refused."""
+        durable = [party for party, _ in batch.refused if self._is_durable(link, party)]
+        self._note_durable(batch, durable)
+        gone = {id(party) for party in durable}
+        batch.refused = [(party, error) for party, error in batch.refused if id(party) not in gone]
+
+    @staticmethod
+    def _note_durable(batch: Batch, parties: list[Party]) -> None:
+        for party in parties:
+            batch.inserted.update(row.instance_id for row in party.keyed_starts)
+
+    def _is_durable(self, link: Link, party: Party) -> bool:
+        """Whether this party's rows are there: they stand or fall together, so one of them tells."""
+        statements = self._statements
+        for event in party.history:
+            key = {"instance_id": event.instance_id, "run": event.run, "seq": event.seq}
+            return link.execute(*statements.read_event(**key)).fetchone() is not None
+        if party.state is not None:
+            row = link.execute(*statements.read_state(instance_id=party.state.instance_id)).fetchone()
+            return row is not None and StateRow._make(row[:-1]) == party.state
+        return all(self._is_start_ours(link, start) for start in [*party.starts, *party.keyed_starts])
+
+    def _is_start_ours(self, link: Link, start: StartRow) -> bool:
+        """Whether the instance with this id is the one that this start has made."""
+        row = link.execute(*self._statements.read_state(instance_id=start.instance_id)).fetchone()
+        return row is not None and (row[2] or start.owner, row[-1]) == (start.owner, start.created_at)
+
+    def _check_fence(self, link: Link, worker_id: str, statement: Prepared) -> None:
+        if link.execute(*statement(me=worker_id)).fetchone() is None:
+            raise fenced(worker_id)
+
+    def _check_or_renew(self, link: Link, worker_id: str, renew_until: int | None) -> None:
+        if renew_until is None:
+            self._check_fence(link, worker_id, self._statements.fence)
+        elif link.execute(*self._statements.renew(me=worker_id, lease_until=renew_until)).rowcount != 1:
+            raise fenced(worker_id)
+
+    @contextlib.contextmanager
+    def _transaction(self, link: Link) -> Iterator[None]:
+        self.write_lock.acquire()
+        try:
+            link.execute(self.begin)
+            try:
+                yield
+                link.execute("COMMIT")
+            except BaseException as error:
+                self._roll_back(link, error)
+                raise
+        finally:
+            self.write_lock.release()
+
+    def _roll_back(self, link: Link, error: BaseException) -> None:
+        if not is_lost(error):
+            link.execute("ROLLBACK")
+
+    # -- workers and their leases ------------------------------------------------------------------
+
+    def register(self, row: WorkerRow, started_at: int) -> Future[None]:
+        """Add this worker, alive."""
+        statement = self._statements.register(**row._asdict(), started_at=started_at)
+
+        def job(link: Link) -> None:
+            self._run(link, statement)
+
+        return self._write(job)
+
+    def renew(self, worker_id: str, lease_until: int) -> Future[bool]:
+        """Lengthen the lease; ``False`` when it was lost."""
+        statement = self._statements.renew(me=worker_id, lease_until=lease_until)
+
+        def job(link: Link) -> bool:
+            is_news = self._is_changed()
+            is_alive = self._run(link, statement) == 1
+            if not is_news:
+                self.has_changed()  # that was us; should somebody else have been as quick, the next scan sees it
+            return is_alive
+
+        return self._write(job)
+
+    def scan(self) -> Future[tuple[list[WorkerRow], int | None]]:
+        """All workers, and the earliest time at which an instance without an owner may be claimed."""
+        sql, values = self._statements.scan()
+
+        def job(link: Link) -> tuple[list[WorkerRow], int | None]:
+            rows = link.execute(sql, values).fetchall()
+            if not rows:
+                return [], None
+            self._note_time(rows[0][-1])
+            return [WorkerRow(*row[:-2]) for row in rows], rows[0][-2]
+
+        return self._read(job)
+
+    def _ask_time(self, link: Link) -> None:
+        self._note_time(link.execute(*self._statements.now()).fetchone()[0])
+
+    def _note_time(self, server_us: int | None) -> None:
+        if server_us is not None and isinstance(self.clock, DatabaseClock):
+            self.clock.note(server_us)
+
+    def next_due(self) -> Future[int | None]:
+        """The earliest time at which an instance without an owner may be claimed."""
+        sql, values = self._statements.next_due()
+        return self._read(lambda link: link.execute(sql, values).fetchone()[0])
+
+    def bury(self, worker_id: str, now: int, is_gone: bool) -> Future[bool]:
+        """Mark a worker dead whose lease has run out, or whose process is known to be gone.
+
+        Waits for a commit of that worker that is under way; one that comes later fails at its fence.
+        """
+        statement = self._statements.bury(worker_id=worker_id, now=now, is_gone=int(is_gone))
+        return self._write(lambda link: self._run(link, statement) == 1)
+
+    def claim_from(self, dead_id: str, me: str, now: int, limit: int) -> Future[list[ClaimedRow]]:
+        """Take over instances of a dead worker.
+
+        When none is left that this app can run, the others go back to everybody, and the dead worker's row goes.
+        """
+        statements = self._statements
+
+        def claim(link: Link) -> list[ClaimedRow]:
+            found = link.execute(*statements.find_of_dead(worker_id=dead_id, limit=limit)).fetchall()
+            claimed = self._take(link, found, me, now, counted=1)
+            if not claimed:
+                link.execute(*statements.release(worker_id=dead_id, now=now))
+                link.execute(*statements.forget_worker(worker_id=dead_id))
+            return claimed
+
+        return self._claim(me, now, claim)
+
+    def claim_ready(self, me: str, now: int, limit: int) -> Future[list[ClaimedRow]]:
+        """Take instances that nobody owns and whose time has come."""
+        statements = self._statements
+
+        def claim(link: Link) -> list[ClaimedRow]:
+            found = link.execute(*statements.find_ready(now=now, limit=limit)).fetchall()
+            return self._take(link, found, me, now, counted=0)
+
+        return self._claim(me, now, claim)
+
+    def _claim(self, me: str, now: int, claim: Job[list[ClaimedRow]]) -> Future[list[ClaimedRow]]:
+        def job(link: Link) -> list[ClaimedRow]:
+            try:
+                with self._transaction(link):
+                    self._check_fence(link, me, self._statements.fence)
+                    return claim(link)
+            except Exception as error:
+                if is_lost(error):
+                    self._unsure_claim = now
+                raise
+
+        return self._write(job)
+
+    @property
+    def has_unsure_claim(self) -> bool:
+        """Whether a connection was lost while instances were claimed; :meth:`recover_claim` finds out."""
+        return self._unsure_claim is not None
+
+    def recover_claim(self, me: str) -> Future[list[ClaimedRow]]:
+        """What the claim has taken whose connection was lost, if anything."""
+        statements, claimed_at = self._statements, self._unsure_claim
+
+        def job(link: Link) -> list[ClaimedRow]:
+            with self._transaction(link):
+                self._check_fence(link, me, statements.lock_worker)
+                rows = link.execute(*statements.find_claimed(me=me, now=claimed_at)).fetchall()
+            self._unsure_claim = None
+            return [ClaimedRow._make(row) for row in rows]
+
+        return self._write(job)
+
+    def _take(self, link: Link, found: Sequence[Any], me: str, now: int, *, counted: int) -> list[ClaimedRow]:
+        """Make instances, whose rows this transaction has locked, this worker's own."""
+        if not found:
+            return []
+        rows = [ClaimedRow._make(row) for row in found]
+        mark = self.mark
+        link.execute(
+            f"UPDATE {instances.name} SET owner = {mark}, ready_at = NULL, "
+            f"claims = claims + CASE WHEN status = '{Status.RUNNING.value}' THEN {mark} ELSE 0 END, "
+            f"status = CASE WHEN status = '{Status.PENDING.value}' THEN '{Status.RUNNING.value}' ELSE status END, "
+            f"started_at = COALESCE(started_at, {mark}), updated_at = {mark} "
+            f"WHERE instance_id IN ({','.join([mark] * len(rows))})",
+            (me, counted, now, now, *[row.instance_id for row in rows]),
+        )
+        return [
+            row._replace(
+                status=Status.RUNNING.value if row.status == Status.PENDING.value else row.status,
+                claims=row.claims + (counted if row.status == Status.RUNNING.value else 0),
+                started_at=now if row.started_at is None else row.started_at,
+            )
+            for row in rows
+        ]
+
+    def leave(self, worker_id: str, now: int) -> Future[int]:
+        """Hand all instances of this worker back and remove it; returns how many were handed back."""
+        statements = self._statements
+
+        def job(link: Link) -> int:
+            with self._transaction(link):
+                # A worker that was buried meanwhile owns nothing: others may have taken its instances.
+                released: int = link.execute(*statements.release(worker_id=worker_id, now=now)).rowcount
+                link.execute(*statements.deregister(me=worker_id))
+            if released:
+                self._tell_others(link)
+            return released
+
+        return self._write(job)
+
+    def resume(self, instance_id: str, now: int) -> Future[bool]:
+        """Make a suspended instance claimable; ``False`` when it is not suspended."""
+        statement = self._statements.resume(instance_id=instance_id, now=now)
+
+        def job(link: Link) -> bool:
+            is_resumed = self._run(link, statement) == 1
+            if is_resumed:
+                self._tell_others(link)
+            return is_resumed
+
+        return self._write(job)
+
+    # -- the outcome of a transactional activity ---------------------------------------------------
+
+    def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
+        """Check the fence and write the outcome, in the transaction that carries the user's rows.
+
+        Raises:
+            FencedError: the worker lost its lease.
+        """
+        del renew_until
+        fence = workers.select().where(workers.c.worker_id == worker_id, workers.c.state == "alive")
+        if connection.execute(fence.with_for_update(read=True)).first() is None:
+            raise fenced(worker_id)
+        connection.execute(history.insert().values(event._asdict()))
+
+    def find_event(self, worker_id: str, event: HistoryRow) -> Future[bool]:
+        """Whether this outcome is durable, after a connection was lost while it was committed.
+
+        The future fails with ``FencedError`` when the worker has lost its lease meanwhile.
+        """
+        key = {"instance_id": event.instance_id, "run": event.run, "seq": event.seq}
+
+        def job(link: Link) -> bool:
+            with self._transaction(link):
+                self._check_fence(link, worker_id, self._statements.lock_worker)
+                return link.execute(*self._statements.read_event(**key)).fetchone() is not None
+
+        return self._write(job)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def read_history(self, wanted: Sequence[tuple[str, int, int]], limit: int) -> Future[list[list[HistoryRow]]]:
+        """For each ``(instance_id, run, after_seq)`` the next recorded events, at most ``limit`` of them."""
+        read: Prepared = self._statements.read_history
+
+        def job(link: Link) -> list[list[HistoryRow]]:
+            return [
+                [
+                    HistoryRow._make(row)
+                    for row in link.execute(
+                        *read(instance_id=instance_id, run=run, after=after, limit=limit)
+                    ).fetchall()
+                ]
+                for instance_id, run, after in wanted
+            ]
+
+        return self._read(job)
+
+    def read_start(self, instance_id: str) -> Future[tuple[str, str] | None]:
+        """The workflow's name and the stored input of an instance."""
+        statement = self._statements.read_start(instance_id=instance_id)
+        return self._read(lambda link: link.execute(*statement).fetchone())
+
+    def has_changed(self) -> bool:
+        """Whether anybody may have committed since the last call; costs no statement."""
+        return False
+
+    def _is_changed(self) -> bool:
+        """What :meth:`has_changed` would say, without taking note of it."""
+        return False
+
+    # -- hints -------------------------------------------------------------------------------------
+
+    def start_listening(self, on_hint: Callable[[], None]) -> None:
+        """Call back, from a thread, whenever another process says that there is work."""
+        self.stop_listening()
+        self._listener = self._make_listener(on_hint)
+        if self._listener is not None:
+            self._listener.start()
+
+    def stop_listening(self) -> None:
+        """Call back no more. Blocks."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.stop()
+
+    def _make_listener(self, on_hint: Callable[[], None]) -> Listener | None:
+        """What hears hints on this database, if anything does."""
+        del on_hint
+        return None
+
+    def _hint(self, link: Link) -> None:
+        """Wake those who listen."""
+        del link
+
+    def _tell_others(self, link: Link) -> None:
+        """There is work that any worker may take. What is written is durable already: failing here costs seconds."""
+        try:
+            self._hint(link)
+        except Exception as error:
+            if not is_driver_error(error):
+                raise
+            logger.debug("a hint could not be sent: %s", error)
+
+    # -- jobs --------------------------------------------------------------------------------------
+
+    def _run(self, link: Link, statement: tuple[str, tuple[Any, ...]]) -> int:
+        # One statement is a transaction of its own.
+        self.write_lock.acquire()
+        try:
+            count: int = link.execute(*statement).rowcount
+            return count
+        finally:
+            self.write_lock.release()
+
+    def _write(self, job: Job[T]) -> Future[T]:
+        if self._writer is None:
+            raise DatabaseError(f"database {self.name} is closed")
+        self.own_writes += 1
+        return self._writer.submit(self._typed(job))
+
+    def _read(self, job: Job[T]) -> Future[T]:
+        if self._reader is None:
+            raise DatabaseError(f"database {self.name} is closed")
+        return self._reader.submit(self._typed(job))
+
+    def _typed(self, job: Job[T]) -> Callable[[Link], T]:
+        def run(link: Link) -> T:
+            try:
+                return job(link)
+            except DatabaseError:
+                raise
+            except Exception as error:
+                if is_driver_error(error):
+                    raise database_error(error, self.name) from error
+                raise
+
+        return run
+
+
+def fenced(worker_id: str) -> FencedError:
+    """The error for a write by a worker that is no longer alive in the eyes of the others."""
+    return FencedError(f"worker {worker_id} has lost its lease; its instances belong to others now")

@@ -1,0 +1,91 @@
+"""A driver connection on a thread of its own: jobs in order, each with a future for its outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+LONGEST_CLOSE_S = 10.0
+
+
+class Link(Protocol):
+    """A driver connection in autocommit mode; transactions are begun and ended by statements."""
+
+    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> Any:
+        """Run one statement; returns a cursor with ``fetchone``, ``fetchall`` and ``rowcount``."""
+        ...
+
+    def close(self) -> None:
+        """End the connection."""
+        ...
+
+
+Job = Callable[[Link], T]
+
+
+class ConnectionThread:
+    """A connection that lives on a thread of its own, and is made anew when it was lost.
+
+    Args:
+        name: the thread's name.
+        connect: makes the connection.
+        is_lost: whether this error says that the connection is of no more use.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], Link], is_lost: Callable[[BaseException], bool]) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Job[Any]] | None] = queue.SimpleQueue()
+        self._connect = connect
+        self._is_lost = is_lost
+        self._opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def open(self) -> Future[None]:
+        """Start the thread and connect."""
+        self._thread.start()
+        return self._opened
+
+    def submit(self, job: Job[T]) -> Future[T]:
+        """Queue a job."""
+        outcome: Future[T] = Future()
+        self._jobs.put((outcome, job))
+        return outcome
+
+    def close(self) -> None:
+        """Let the queued jobs end, then close the connection and the thread. Waits for that, but not for ever."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join(LONGEST_CLOSE_S)
+
+    def _run(self) -> None:
+        try:
+            link: Link | None = self._connect()
+        except BaseException as error:
+            self._opened.set_exception(error)
+            return
+        self._opened.set_result(None)
+        while (item := self._jobs.get()) is not None:
+            outcome, job = item
+            if not outcome.set_running_or_notify_cancel():
+                continue
+            try:
+                if link is None:
+                    link = self._connect()
+                result = job(link)
+            except BaseException as error:
+                if link is not None and self._is_lost(error):
+                    with contextlib.suppress(Exception):
+                        link.close()
+                    link = None
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(result)
+            del item, outcome, job
+        if link is not None:
+            with contextlib.suppress(Exception):
+                link.close()
