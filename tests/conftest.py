@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 
 from romancy.testing import VirtualClock, isolated_catalogue
+from tests.databases import KINDS, Database, clean, server_database
 
 # Many tests start processes; each module is compiled once for all of them, not once for each.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / "build" / "pycache"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two a core for ``-n auto``: many tests wait for other processes and servers."""
+    del config
+    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +33,31 @@ def _own_definitions() -> Iterator[None]:
 def database(tmp_path: Path) -> Path:
     """A database file of this test's own."""
     return tmp_path / "romancy.db"
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """A database on a PostgreSQL server, for all tests of this process."""
+    with server_database("postgresql") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mysql_url() -> Iterator[str]:
+    """A database on a MySQL or MariaDB server, for all tests of this process."""
+    with server_database("mysql") as url:
+        yield url
+
+
+@pytest.fixture(params=KINDS)
+def any_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """An empty database, on each kind in turn."""
+    if request.param == "sqlite":
+        yield tmp_path / "romancy.db"
+        return
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    yield url
+    clean(url)
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -15,7 +13,8 @@ import pytest
 from romancy import App
 from romancy.errors import DatabaseError
 from romancy.storage.batch import Batch
-from romancy.storage.sqlite import SqliteStore
+from romancy.storage.store import Store
+from tests.databases import Database, database_of, execute
 
 RESULT_TIMEOUT_S = 20.0
 """How long a test waits for what must come; never reached when all is well."""
@@ -35,9 +34,9 @@ class CrashPlan:
         self.flushes = 0
         self.happened = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._real: Callable[..., Future[None]] = SqliteStore.flush
+        self._real: Callable[..., Future[None]] = Store.flush
 
-    def flush(self, store: SqliteStore, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+    def flush(self, store: Store, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
         self.flushes += 1
         if self.flushes < self.at:
             return self._real(store, batch, worker_id, renew_until)
@@ -56,10 +55,10 @@ class CrashPlan:
         with pytest.MonkeyPatch.context() as patch:
             plan = self
 
-            def flush(store: SqliteStore, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+            def flush(store: Store, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
                 return plan.flush(store, batch, worker_id, renew_until)
 
-            patch.setattr(SqliteStore, "flush", flush)
+            patch.setattr(Store, "flush", flush)
             yield self
 
 
@@ -80,16 +79,14 @@ async def crash(app: App) -> None:
         await app._poller
     await app._queries.dispose()
     await app._engines.dispose()
-    path = app._store.path
+    database = database_of(app)
     await asyncio.to_thread(app._store.close)
-    forget_process(path, worker_id)
+    forget_process(database, worker_id)
 
 
-def forget_process(path: str | Path, worker_id: str) -> None:
+def forget_process(database: Database, worker_id: str) -> None:
     """Let others see that the worker's process is gone; it is ours, so they could not tell."""
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE romancy_workers SET pid = 2147483646 WHERE worker_id = ?", (worker_id,))
-    connection.close()
+    execute(database, "UPDATE romancy_workers SET pid = 2147483646 WHERE worker_id = ?", worker_id)
 
 
 async def until_quiet(app: App, state: Callable[[], Any]) -> None:
@@ -104,15 +101,6 @@ async def until_quiet(app: App, state: Callable[[], Any]) -> None:
         now = (state(), worker and worker.writer.committed)
         calm = calm + 1 if now == seen else 0
         seen = now
-
-
-def rows(path: str | Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """What the database file holds, read by plain sqlite3."""
-    connection = sqlite3.connect(path)
-    try:
-        return connection.execute(sql, parameters).fetchall()
-    finally:
-        connection.close()
 
 
 async def until_live(app: App, instance_id: str) -> None:

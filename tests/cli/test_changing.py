@@ -7,7 +7,7 @@ from pathlib import Path
 
 from romancy import WorkflowContext, workflow
 from tests.cli.conftest import Run
-from tests.support import rows
+from tests.databases import rows
 
 
 def test_resume_makes_a_suspended_instance_claimable_and_registers_no_worker(run: Run, shop: Path) -> None:

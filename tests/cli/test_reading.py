@@ -12,7 +12,7 @@ import pytest
 from rich.cells import cell_len
 
 from tests.cli.conftest import LONG_ID, NASTY, Run
-from tests.support import rows
+from tests.databases import rows
 
 
 def ids(output: str) -> list[str]:

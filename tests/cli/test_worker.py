@@ -18,7 +18,8 @@ from romancy import App, AppNotRunningError, WorkflowContext, workflow
 from romancy.cli import worker as cli_worker
 from romancy.testing import isolated_catalogue
 from tests.cli.conftest import EXECUTABLE
-from tests.support import RESULT_TIMEOUT_S, rows
+from tests.databases import rows
+from tests.support import RESULT_TIMEOUT_S
 
 SHOP = """
 import asyncio, os, time

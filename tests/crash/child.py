@@ -1,58 +1,50 @@
-"""Runs one workflow, and kills itself at a commit.
+"""Runs one workflow in a process of its own, and kills itself at a commit.
 
-    python -m tests.crash.child DATABASE TOKENS [before|after:N]
-
-Plain activities append a token to the file TOKENS, transactional ones insert one into the keyless table ``ledger``.
-Prints the workflow's result as JSON, and how many commits there were.
+Plain activities append a token to a file, transactional ones insert one into the keyless table ``ledger``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import sqlite3
-import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
 
 from romancy import App, RetryPolicy, WorkflowContext, activity, current_activity, workflow
+from romancy.storage.address import parse_address
 from romancy.storage.sessions import ActivityTransaction
-from romancy.storage.sqlite import SqliteStore
+from romancy.storage.stores import make_store
+from tests.databases import Database
 
-DATABASE, TOKENS = Path(sys.argv[1]), Path(sys.argv[2])
-WHEN, _, AT = (sys.argv[3] if len(sys.argv) > 3 else "never:0").partition(":")
 INSERT = text("INSERT INTO ledger (token) VALUES (:token)")
+tokens_file = Path()
 commits = 0
 
 
-def killing(real: Callable[..., Any]) -> Callable[..., Any]:
+def killing(real: Callable[..., Any], when: str, at: int) -> Callable[..., Any]:
     """The same function, but the process dies just before or just after the N-th call."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         global commits
         commits += 1
         mine = commits
-        if mine == int(AT) and WHEN == "before":
+        if mine == at and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*arguments, **options)
-        if mine == int(AT) and WHEN == "after":
+        if mine == at and when == "after":
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     return call
 
 
-SqliteStore._commit = killing(SqliteStore._commit)  # type: ignore[method-assign]
-ActivityTransaction.commit_in_thread = killing(ActivityTransaction.commit_in_thread)  # type: ignore[method-assign]
-
-
 def note(token: str) -> None:
-    with TOKENS.open("a") as file:
+    with tokens_file.open("a") as file:
         file.write(token + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -97,14 +89,19 @@ async def scenario(ctx: WorkflowContext) -> dict[str, Any]:
     return {"found": found, "id": str(ctx.uuid4())}
 
 
-async def main() -> None:
-    async with App(DATABASE, default_retry=RetryPolicy.no_retry()) as app:
+async def finish(database: Database) -> dict[str, Any]:
+    async with App(database, default_retry=RetryPolicy.no_retry()) as app:
         handle = await app.start_workflow(scenario, id="the-one")
-        result = await handle.result(30)
-    print(json.dumps({"result": result, "commits": commits}))
+        return await handle.result(30)
 
 
-with sqlite3.connect(DATABASE) as connection:
-    connection.execute("CREATE TABLE IF NOT EXISTS ledger (token TEXT)")
-connection.close()
-asyncio.run(main())
+def main(database: Database, tokens: Path, when: str, at: int, outcome: Connection) -> None:
+    """Run the workflow to its end, or to the N-th commit; sends the result, and how many commits there were."""
+    global tokens_file
+    tokens_file = tokens
+    store: Any = type(make_store(parse_address(database), []))
+    store._write_parties = killing(store._write_parties, when, at)
+    ActivityTransaction.commit_in_thread = killing(  # type: ignore[method-assign]
+        ActivityTransaction.commit_in_thread, when, at
+    )
+    outcome.send({"result": asyncio.run(finish(database)), "commits": commits})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,8 @@ from romancy import (
 )
 from romancy.engine import loop as loop_module
 from romancy.failures import decode_error
-from tests.support import RESULT_TIMEOUT_S, rows
+from tests.databases import Database, rows
+from tests.support import RESULT_TIMEOUT_S
 
 Try = Callable[[asyncio.AbstractEventLoop], Any]
 
@@ -82,7 +82,7 @@ TRIES = [
 
 
 @pytest.mark.parametrize("attempt", TRIES, ids=lambda attempt: attempt.__name__)
-async def test_io_and_threads_are_refused_by_name_and_place(database: Path, attempt: Try) -> None:
+async def test_io_and_threads_are_refused_by_name_and_place(database: Database, attempt: Try) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> str:
         try:
@@ -97,7 +97,7 @@ async def test_io_and_threads_are_refused_by_name_and_place(database: Path, atte
     assert f"{__file__}:" in message
 
 
-async def test_uncaught_refusal_parks_the_instance_for_the_code_to_be_mended(database: Path) -> None:
+async def test_uncaught_refusal_parks_the_instance_for_the_code_to_be_mended(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
         await asyncio.to_thread(print)
@@ -110,7 +110,7 @@ async def test_uncaught_refusal_parks_the_instance_for_the_code_to_be_mended(dat
 
 
 async def test_endless_loop_without_a_durable_wait_is_parked_and_others_go_on(
-    database: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "MAX_CALLBACKS_PER_STEP", 1_000)
 
@@ -130,7 +130,7 @@ async def test_endless_loop_without_a_durable_wait_is_parked_and_others_go_on(
         assert await (await app.start_workflow(fine)).result(RESULT_TIMEOUT_S) == "fine"
 
 
-async def test_waiting_for_what_nothing_can_set_is_parked(database: Path) -> None:
+async def test_waiting_for_what_nothing_can_set_is_parked(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
         await asyncio.Event().wait()
@@ -143,7 +143,7 @@ async def test_waiting_for_what_nothing_can_set_is_parked(database: Path) -> Non
         assert isinstance(decode_error(error), ForbiddenInWorkflowError)
 
 
-async def test_loop_time_is_workflow_time_not_the_wall_clock(database: Path) -> None:
+async def test_loop_time_is_workflow_time_not_the_wall_clock(database: Database) -> None:
     @activity
     async def act() -> None: ...
 
@@ -160,7 +160,7 @@ async def test_loop_time_is_workflow_time_not_the_wall_clock(database: Path) -> 
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
 
 
-async def test_async_generators_are_closed_on_the_workflows_own_loop(database: Path) -> None:
+async def test_async_generators_are_closed_on_the_workflows_own_loop(database: Database) -> None:
     closed = []
 
     @activity
@@ -189,7 +189,7 @@ async def test_async_generators_are_closed_on_the_workflows_own_loop(database: P
     assert closed == [True]
 
 
-async def test_sys_exit_in_a_workflow_is_a_failure_of_that_workflow_only(database: Path) -> None:
+async def test_sys_exit_in_a_workflow_is_a_failure_of_that_workflow_only(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
         raise SystemExit(3)

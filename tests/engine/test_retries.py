@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -22,10 +21,11 @@ from romancy import (
     workflow,
 )
 from romancy.testing import VirtualClock
+from tests.databases import Database
 from tests.support import RESULT_TIMEOUT_S, crash, until_live, until_quiet
 
 
-async def test_default_schedule_waits_1_2_4_8_seconds_then_gives_up(database: Path) -> None:
+async def test_default_schedule_waits_1_2_4_8_seconds_then_gives_up(database: Database) -> None:
     clock = VirtualClock(auto_advance=True)
     times: list[int] = []
 
@@ -51,7 +51,7 @@ async def test_default_schedule_waits_1_2_4_8_seconds_then_gives_up(database: Pa
     assert kinds == [HistoryKind.ACTIVITY_RETRY_SCHEDULED] * 4 + [HistoryKind.ACTIVITY_FAILED]
 
 
-async def test_policy_order_is_call_then_activity_then_app(database: Path) -> None:
+async def test_policy_order_is_call_then_activity_then_app(database: Database) -> None:
     attempts: dict[str, int] = {}
 
     def count() -> None:
@@ -78,7 +78,7 @@ async def test_policy_order_is_call_then_activity_then_app(database: Path) -> No
 
 
 async def test_crash_during_backoff_neither_restarts_the_count_nor_forgets_the_wait(
-    database: Path, clock: VirtualClock
+    database: Database, clock: VirtualClock
 ) -> None:
     attempts: list[tuple[int, int]] = []
     begin = clock.now_us()
@@ -121,7 +121,7 @@ async def test_crash_during_backoff_neither_restarts_the_count_nor_forgets_the_w
 
 
 async def test_max_duration_counts_from_the_first_attempt_also_after_a_crash(
-    database: Path, clock: VirtualClock
+    database: Database, clock: VirtualClock
 ) -> None:
     @activity(retry=RetryPolicy(max_attempts=0, initial_interval=10, multiplier=1, max_duration=25))
     async def fails() -> None:
@@ -151,7 +151,7 @@ async def test_max_duration_counts_from_the_first_attempt_also_after_a_crash(
         assert await result == 3
 
 
-async def test_timeout_of_an_async_attempt_cancels_it_and_counts(database: Path) -> None:
+async def test_timeout_of_an_async_attempt_cancels_it_and_counts(database: Database) -> None:
     cancelled = []
 
     @activity(timeout=timedelta(milliseconds=20), retry=RetryPolicy.fixed(2, 0))
@@ -178,7 +178,7 @@ async def test_timeout_of_an_async_attempt_cancels_it_and_counts(database: Path)
     assert "longer than its timeout of 0.02 s" in message
 
 
-async def test_timeout_of_a_sync_attempt_fails_it_while_its_thread_runs_on(database: Path) -> None:
+async def test_timeout_of_a_sync_attempt_fails_it_while_its_thread_runs_on(database: Database) -> None:
     import threading
 
     go, ended = threading.Event(), threading.Event()
@@ -205,7 +205,7 @@ async def test_timeout_of_a_sync_attempt_fails_it_while_its_thread_runs_on(datab
     assert kinds == [HistoryKind.ACTIVITY_FAILED]
 
 
-async def test_errors_that_are_not_to_be_retried_fail_at_once(database: Path) -> None:
+async def test_errors_that_are_not_to_be_retried_fail_at_once(database: Database) -> None:
     calls = []
 
     @activity(retry=RetryPolicy(dont_retry_on=(KeyError,)))
@@ -226,7 +226,7 @@ async def test_errors_that_are_not_to_be_retried_fail_at_once(database: Path) ->
     assert calls == [1]
 
 
-async def test_stop_iteration_from_a_sync_activity_does_not_break_the_workflow(database: Path) -> None:
+async def test_stop_iteration_from_a_sync_activity_does_not_break_the_workflow(database: Database) -> None:
     @activity(retry=RetryPolicy.no_retry())
     def stops() -> None:
         next(iter(()))
@@ -243,7 +243,7 @@ async def test_stop_iteration_from_a_sync_activity_does_not_break_the_workflow(d
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S) == "StopIteration"
 
 
-async def test_activity_that_cancels_itself_is_a_failed_attempt(database: Path) -> None:
+async def test_activity_that_cancels_itself_is_a_failed_attempt(database: Database) -> None:
     @activity(retry=RetryPolicy.fixed(2, 0))
     async def cancels() -> None:
         raise asyncio.CancelledError

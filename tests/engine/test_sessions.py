@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from romancy import (
 )
 from romancy.storage.sessions import ActivityTransaction
 from romancy.testing import VirtualClock
-from tests.support import RESULT_TIMEOUT_S, crash, rows
+from tests.databases import Database, create_ledger, execute, rows
+from tests.support import RESULT_TIMEOUT_S, crash
 
 INSERT = text("INSERT INTO ledger (token) VALUES (:token)")
 
@@ -40,22 +40,33 @@ class Entry(Base):
 
 
 @pytest.fixture
-def ledger(database: Path) -> Path:
-    connection = sqlite3.connect(database)
-    connection.execute("CREATE TABLE ledger (id INTEGER PRIMARY KEY, token TEXT NOT NULL)")
-    connection.close()
+def ledger(database: Database) -> Database:
+    create_ledger(database)
     return database
 
 
-def tokens(database: Path) -> list[str]:
+@pytest.fixture
+def sqlite_ledger(tmp_path: Path) -> Path:
+    """For what is so on SQLite only, which has one writer."""
+    path = tmp_path / "sqlite.db"
+    create_ledger(path)
+    return path
+
+
+def tokens(database: Database) -> list[str]:
     return [token for (token,) in rows(database, "SELECT token FROM ledger ORDER BY id")]
 
 
-def completed(database: Path) -> list[str]:
-    return [i for (i,) in rows(database, "SELECT operation_id FROM romancy_history WHERE kind = 'ActivityCompleted'")]
+def completed(database: Database) -> list[str]:
+    return [
+        i
+        for (i,) in rows(
+            database, "SELECT operation_id FROM romancy_history WHERE kind = 'ActivityCompleted' ORDER BY seq"
+        )
+    ]
 
 
-async def run(database: Path, *activities: Any, clock: Any = None) -> Any:
+async def run(database: Database, *activities: Any, clock: Any = None) -> Any:
     @workflow
     async def flow(ctx: WorkflowContext) -> Any:
         return [await act() for act in activities]
@@ -64,7 +75,7 @@ async def run(database: Path, *activities: Any, clock: Any = None) -> Any:
         return await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
 
 
-async def test_async_session_commits_rows_with_the_outcome(ledger: Path) -> None:
+async def test_async_session_commits_rows_with_the_outcome(ledger: Database) -> None:
     @activity
     async def book() -> int:
         session = current_activity().session
@@ -78,7 +89,7 @@ async def test_async_session_commits_rows_with_the_outcome(ledger: Path) -> None
     assert completed(ledger) == ["book:1"]
 
 
-async def test_sync_session_commits_rows_with_the_outcome(ledger: Path) -> None:
+async def test_sync_session_commits_rows_with_the_outcome(ledger: Database) -> None:
     @activity
     def book() -> int:
         session = current_activity().sync_session
@@ -91,7 +102,7 @@ async def test_sync_session_commits_rows_with_the_outcome(ledger: Path) -> None:
     assert tokens(ledger) == ["a", "b"]
 
 
-async def test_orm_objects_that_were_only_added_are_written_too(ledger: Path) -> None:
+async def test_orm_objects_that_were_only_added_are_written_too(ledger: Database) -> None:
     @activity
     async def book() -> None:
         current_activity().session.add(Entry(token="only added"))
@@ -101,7 +112,7 @@ async def test_orm_objects_that_were_only_added_are_written_too(ledger: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
-async def test_failed_attempt_keeps_no_row_and_each_retry_gets_a_fresh_transaction(ledger: Path, kind: str) -> None:
+async def test_failed_attempt_keeps_no_row_and_each_retry_gets_a_fresh_transaction(ledger: Database, kind: str) -> None:
     @activity(name="async_book", retry=RetryPolicy.fixed(3, 0))
     async def async_book() -> None:
         await current_activity().session.execute(INSERT, {"token": f"attempt {current_activity().attempt}"})
@@ -118,7 +129,7 @@ async def test_failed_attempt_keeps_no_row_and_each_retry_gets_a_fresh_transacti
     assert tokens(ledger) == ["attempt 3"]
 
 
-async def test_users_commit_and_rollback_touch_a_savepoint_only(ledger: Path) -> None:
+async def test_users_commit_and_rollback_touch_a_savepoint_only(ledger: Database) -> None:
     @activity(retry=RetryPolicy.fixed(2, 0))
     async def book() -> None:
         session = current_activity().session
@@ -135,7 +146,7 @@ async def test_users_commit_and_rollback_touch_a_savepoint_only(ledger: Path) ->
     assert tokens(ledger) == ["kept 2", "also kept 2"]
 
 
-async def test_flush_error_at_the_end_is_the_activitys_failure(ledger: Path) -> None:
+async def test_flush_error_at_the_end_is_the_activitys_failure(ledger: Database) -> None:
     @activity(retry=RetryPolicy.no_retry())
     async def book() -> None:
         current_activity().session.add(Entry(token=None))
@@ -145,7 +156,7 @@ async def test_flush_error_at_the_end_is_the_activitys_failure(ledger: Path) -> 
     assert tokens(ledger) == []
 
 
-async def test_unused_session_opens_nothing(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unused_session_opens_nothing(ledger: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     monkeypatch.setattr(ActivityTransaction, "connection", lambda self: opened.append(self))
 
@@ -158,7 +169,7 @@ async def test_unused_session_opens_nothing(ledger: Path, monkeypatch: pytest.Mo
     assert opened == []
 
 
-async def test_activity_without_transaction_has_no_session(database: Path) -> None:
+async def test_activity_without_transaction_has_no_session(database: Database) -> None:
     @activity(transactional=False)
     async def act() -> str:
         try:
@@ -171,7 +182,7 @@ async def test_activity_without_transaction_has_no_session(database: Path) -> No
     assert "transactional=False" in message
 
 
-async def test_session_outlives_its_activity_as_an_error(ledger: Path) -> None:
+async def test_session_outlives_its_activity_as_an_error(ledger: Database) -> None:
     kept: list[Any] = []
 
     @activity
@@ -191,7 +202,7 @@ async def test_session_outlives_its_activity_as_an_error(ledger: Path) -> None:
     assert "closed" in found[1]
 
 
-async def test_two_sessions_at_a_time_wait_in_line(ledger: Path) -> None:
+async def test_two_sessions_at_a_time_wait_in_line(sqlite_ledger: Path) -> None:
     @activity
     async def book(n: int) -> None:
         session = current_activity().session
@@ -203,15 +214,15 @@ async def test_two_sessions_at_a_time_wait_in_line(ledger: Path) -> None:
     async def flow(ctx: WorkflowContext) -> None:
         await asyncio.gather(*[book(n) for n in range(20)])
 
-    async with App(ledger) as app:
+    async with App(sqlite_ledger) as app:
         await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
-    found = tokens(ledger)
+    found = tokens(sqlite_ledger)
     assert len(found) == 40
     assert all(a[:-1] == b[:-1] for a, b in zip(found[::2], found[1::2], strict=True))
 
 
 async def test_starting_a_workflow_under_an_open_session_is_refused_instead_of_a_deadlock(
-    ledger: Path,
+    sqlite_ledger: Path,
 ) -> None:
     apps: list[App] = []
 
@@ -231,12 +242,12 @@ async def test_starting_a_workflow_under_an_open_session_is_refused_instead_of_a
     async def flow(ctx: WorkflowContext) -> str:
         return await book()
 
-    async with App(ledger) as app:
+    async with App(sqlite_ledger) as app:
         apps.append(app)
         assert "write lock" in await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
 
 
-async def test_timeout_in_the_workflow_leaves_no_transaction_open(ledger: Path, clock: VirtualClock) -> None:
+async def test_timeout_in_the_workflow_leaves_no_transaction_open(ledger: Database, clock: VirtualClock) -> None:
     began = asyncio.Event()
 
     @activity
@@ -265,7 +276,7 @@ async def test_timeout_in_the_workflow_leaves_no_transaction_open(ledger: Path, 
     assert tokens(ledger) == ["kept"]
 
 
-async def test_lost_lease_rolls_back_the_users_rows(ledger: Path) -> None:
+async def test_lost_lease_rolls_back_the_users_rows(ledger: Database) -> None:
     began, go = asyncio.Event(), asyncio.Event()
     runs = []
 
@@ -287,9 +298,7 @@ async def test_lost_lease_rolls_back_the_users_rows(ledger: Path) -> None:
         began.clear()
         assert app._worker is not None
         zombie = app._worker
-        with sqlite3.connect(ledger) as connection:
-            connection.execute("UPDATE romancy_workers SET state = 'dead'")
-        connection.close()
+        execute(ledger, "UPDATE romancy_workers SET state = 'dead'")
         go.set()
         assert await handle.result(RESULT_TIMEOUT_S) == "run 2"
         assert app._worker is not zombie
@@ -299,7 +308,7 @@ async def test_lost_lease_rolls_back_the_users_rows(ledger: Path) -> None:
 
 
 async def test_crash_between_the_users_rows_and_the_commit_loses_both(
-    ledger: Path, monkeypatch: pytest.MonkeyPatch
+    ledger: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached = asyncio.Event()
     real = ActivityTransaction.commit
@@ -341,7 +350,7 @@ async def test_crash_between_the_users_rows_and_the_commit_loses_both(
 
 
 async def test_outcomes_are_delivered_in_the_order_of_history_while_a_transaction_commits(
-    ledger: Path, monkeypatch: pytest.MonkeyPatch
+    ledger: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_commit, go = asyncio.Event(), asyncio.Event()
     real = ActivityTransaction.commit

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,8 @@ from romancy.engine import worker as worker_module
 from romancy.engine.process import host_identity, is_gone, process_started
 from romancy.storage.rows import WorkerRow
 from romancy.testing import VirtualClock
-from tests.support import RESULT_TIMEOUT_S, crash, rows, until_live, until_quiet
-
-
-def execute(database: Path, sql: str, *parameters: Any) -> None:
-    connection = sqlite3.connect(database)
-    with connection:
-        connection.execute(sql, parameters)
-    connection.close()
+from tests.databases import Database, connect, execute, rows
+from tests.support import RESULT_TIMEOUT_S, crash, until_live, until_quiet
 
 
 class Held:
@@ -65,7 +59,7 @@ class Held:
         self.flow = flow
 
 
-async def test_restart_on_the_same_host_goes_on_at_once(database: Path) -> None:
+async def test_restart_on_the_same_host_goes_on_at_once(database: Database) -> None:
     held = Held()
     app = App(database)
     await app.start()
@@ -80,7 +74,7 @@ async def test_restart_on_the_same_host_goes_on_at_once(database: Path) -> None:
     assert held.ran == ["first", "second", "second"]
 
 
-async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(database: Path) -> None:
+async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(database: Database) -> None:
     held = Held()
     async with App(database, worker_id="peer", lease_ttl=600) as peer:
         app = App(database, lease_ttl=600)
@@ -97,7 +91,7 @@ async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(da
 
 
 async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_before(
-    database: Path,
+    database: Database,
 ) -> None:
     held = Held()
     app = App(database)
@@ -119,7 +113,7 @@ async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_
         assert rows(database, "SELECT count(*) FROM romancy_workers WHERE host = 'elsewhere'") == [(0,)]
 
 
-async def test_zombie_writes_nothing_more_and_the_app_begins_a_new_life(database: Path) -> None:
+async def test_zombie_writes_nothing_more_and_the_app_begins_a_new_life(database: Database) -> None:
     held = Held()
     async with App(database) as app:
         handle = await app.start_workflow(held.flow)
@@ -133,13 +127,13 @@ async def test_zombie_writes_nothing_more_and_the_app_begins_a_new_life(database
         assert isinstance(zombie.writer.stopped_by, FencedError)
         assert app._worker is not zombie
     assert held.ran == ["first", "second", "second"]
-    assert rows(database, "SELECT seq, operation_id FROM romancy_history") == [
+    assert rows(database, "SELECT seq, operation_id FROM romancy_history ORDER BY seq") == [
         (1, "first:1"),
         (2, "second:1"),
     ]
 
 
-async def test_history_written_by_another_owner_stops_only_that_instance(database: Path) -> None:
+async def test_history_written_by_another_owner_stops_only_that_instance(database: Database) -> None:
     held, fine = Held(), asyncio.Event()
 
     @workflow
@@ -164,7 +158,7 @@ async def test_history_written_by_another_owner_stops_only_that_instance(databas
     fine.set()
 
 
-async def test_shutdown_hands_instances_back_for_another_to_take_at_once(database: Path) -> None:
+async def test_shutdown_hands_instances_back_for_another_to_take_at_once(database: Database) -> None:
     held = Held()
     first = App(database, shutdown_grace=0)
     await first.start()
@@ -179,7 +173,7 @@ async def test_shutdown_hands_instances_back_for_another_to_take_at_once(databas
     assert held.ran == ["first", "second", "second"]
 
 
-async def test_shutdown_lets_running_activities_end_and_records_them(database: Path) -> None:
+async def test_shutdown_lets_running_activities_end_and_records_them(database: Database) -> None:
     held = Held()
     app = App(database, shutdown_grace=RESULT_TIMEOUT_S)
     await app.start()
@@ -193,7 +187,7 @@ async def test_shutdown_lets_running_activities_end_and_records_them(database: P
     assert held.ran == ["first", "second"]
 
 
-async def test_waiting_result_hears_of_the_shutdown(database: Path) -> None:
+async def test_waiting_result_hears_of_the_shutdown(database: Database) -> None:
     held = Held()
     app = App(database, shutdown_grace=0)
     await app.start()
@@ -205,7 +199,7 @@ async def test_waiting_result_hears_of_the_shutdown(database: Path) -> None:
         await waiting
 
 
-async def test_client_without_worker_starts_and_another_app_runs_it(database: Path) -> None:
+async def test_client_without_worker_starts_and_another_app_runs_it(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext, n: int) -> int:
         return n + 1
@@ -220,26 +214,28 @@ async def test_client_without_worker_starts_and_another_app_runs_it(database: Pa
             assert app._worker is not None
 
 
-async def test_instances_of_unknown_workflows_do_not_starve_the_others(database: Path) -> None:
+async def test_instances_of_unknown_workflows_do_not_starve_the_others(database: Database) -> None:
     @workflow
     async def known(ctx: WorkflowContext, n: int) -> int:
         return n
 
     async with App(database, worker=False) as client:
         handles = [await client.start_workflow(known, n) for n in range(5)]
-    execute(
-        database,
-        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) "
-        "INSERT INTO romancy_instances SELECT 'u' || i, 1, 'unknown', 'pending', NULL, 0, 0, 0, NULL, 0, NULL, NULL,"
-        " '{}', NULL, NULL FROM n",
-    )
+    with closing(connect(database)) as connection:
+        mark = "?" if isinstance(database, Path) else "%s"
+        connection.cursor().executemany(
+            f"INSERT INTO romancy_instances VALUES "
+            f"({mark}, 1, 'unknown', 'pending', NULL, 0, 0, 0, NULL, 0, NULL, NULL, '{{}}', NULL, NULL)",
+            [(f"u{n}",) for n in range(1000)],
+        )
+        connection.commit()
     async with App(database) as app:
         for n, handle in enumerate(handles):
             assert await (await app.get_handle(handle.instance_id)).result(RESULT_TIMEOUT_S) == n
     assert rows(database, "SELECT count(*) FROM romancy_instances WHERE status = 'pending'") == [(1000,)]
 
 
-async def test_orphans_of_unknown_workflows_are_given_back_to_everybody(database: Path) -> None:
+async def test_orphans_of_unknown_workflows_are_given_back_to_everybody(database: Database) -> None:
     held = Held()
     app = App(database)
     await app.start()
@@ -261,7 +257,7 @@ async def test_orphans_of_unknown_workflows_are_given_back_to_everybody(database
         assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
 
 
-async def test_instance_that_kills_its_workers_is_parked(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_instance_that_kills_its_workers_is_parked(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "MAX_CLAIMS", 2)
     held = Held()
     for n in range(3):
@@ -282,7 +278,7 @@ async def test_instance_that_kills_its_workers_is_parked(database: Path, monkeyp
         assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
 
 
-async def test_more_instances_than_there_is_room_for_wait_in_the_database(database: Path) -> None:
+async def test_more_instances_than_there_is_room_for_wait_in_the_database(database: Database) -> None:
     running, most = 0, 0
 
     @activity
@@ -304,7 +300,7 @@ async def test_more_instances_than_there_is_room_for_wait_in_the_database(databa
     assert most <= 3
 
 
-async def test_cold_sleepers_leave_memory_and_wake_by_the_database(database: Path, clock: VirtualClock) -> None:
+async def test_cold_sleepers_leave_memory_and_wake_by_the_database(database: Database, clock: VirtualClock) -> None:
     @workflow
     async def flow(ctx: WorkflowContext, n: int) -> int:
         try:
@@ -327,7 +323,7 @@ async def test_cold_sleepers_leave_memory_and_wake_by_the_database(database: Pat
         assert [await handle.result(RESULT_TIMEOUT_S) for handle in handles] == list(range(6))
 
 
-async def test_resume_of_what_is_not_suspended_is_an_error(database: Path) -> None:
+async def test_resume_of_what_is_not_suspended_is_an_error(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None: ...
 
@@ -341,7 +337,7 @@ async def test_resume_of_what_is_not_suspended_is_an_error(database: Path) -> No
 
 
 async def test_blocking_activity_is_reported_by_name_and_keeps_the_lease(
-    database: Path, romancy_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    database: Database, romancy_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "LOOK_INTERVAL_S", 0.01)
     reported = threading.Event()
@@ -371,7 +367,7 @@ async def test_blocking_activity_is_reported_by_name_and_keeps_the_lease(
     assert "test_workers.py" in text
 
 
-async def test_lease_is_renewed_while_the_loop_is_blocked(database: Path) -> None:
+async def test_lease_is_renewed_while_the_loop_is_blocked(database: Database) -> None:
     def lease_until() -> int:
         return int(rows(database, "SELECT lease_until FROM romancy_workers")[0][0])
 
@@ -391,7 +387,7 @@ async def test_lease_is_renewed_while_the_loop_is_blocked(database: Path) -> Non
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
 
 
-async def test_workflow_of_another_app_or_defined_too_late_is_named(database: Path) -> None:
+async def test_workflow_of_another_app_or_defined_too_late_is_named(database: Database) -> None:
     @workflow
     async def mine(ctx: WorkflowContext) -> None: ...
 
@@ -419,7 +415,7 @@ def test_process_identity_tells_the_living_from_the_dead() -> None:
     assert not is_gone(me._replace(pid=2**31 - 2, host="elsewhere"))
 
 
-async def test_app_started_before_a_fork_refuses_to_work_in_the_child(database: Path) -> None:
+async def test_app_started_before_a_fork_refuses_to_work_in_the_child(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None: ...
 
@@ -451,7 +447,7 @@ class Crowd:
         self.flow = flow
 
 
-async def test_starts_on_their_way_count_for_the_room(database: Path) -> None:
+async def test_starts_on_their_way_count_for_the_room(database: Database) -> None:
     crowd = Crowd()
     async with App(database, max_instances=4) as app:
         handles = await asyncio.gather(*[app.start_workflow(crowd.flow) for _ in range(40)])
@@ -462,7 +458,7 @@ async def test_starts_on_their_way_count_for_the_room(database: Path) -> None:
     assert crowd.most == 4
 
 
-async def test_takeover_fills_the_room_and_goes_on_when_there_is_more(database: Path) -> None:
+async def test_takeover_fills_the_room_and_goes_on_when_there_is_more(database: Database) -> None:
     crowd = Crowd()
     app = App(database)
     await app.start()
@@ -478,7 +474,9 @@ async def test_takeover_fills_the_room_and_goes_on_when_there_is_more(database: 
     assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S
 
 
-async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(database: Path, clock: VirtualClock) -> None:
+async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(
+    database: Database, clock: VirtualClock
+) -> None:
     @workflow
     async def sleeper(ctx: WorkflowContext) -> None:
         await ctx.sleep(1000)
@@ -498,6 +496,6 @@ async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(database
     assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S
 
 
-async def test_app_without_any_workflow_starts(database: Path) -> None:
+async def test_app_without_any_workflow_starts(database: Database) -> None:
     async with App(database, workflows=[]) as app:
         assert (await app.list_instances()).instances == ()

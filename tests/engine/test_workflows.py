@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -28,6 +27,7 @@ from romancy import (
     workflow,
 )
 from romancy.testing import VirtualClock
+from tests.databases import Database, execute
 from tests.support import RESULT_TIMEOUT_S
 
 
@@ -44,7 +44,7 @@ class Receipt:
     at: datetime
 
 
-async def test_typed_values_come_back_as_the_annotation_says(database: Path) -> None:
+async def test_typed_values_come_back_as_the_annotation_says(database: Database) -> None:
     @activity
     async def charge(order: Order) -> Receipt:
         return Receipt(order, sum(order.amounts), datetime(2026, 1, 1, tzinfo=UTC))
@@ -67,7 +67,7 @@ async def test_typed_values_come_back_as_the_annotation_says(database: Path) -> 
         assert await handle.status() is Status.COMPLETED
 
 
-async def test_activity_gets_a_copy_so_that_it_cannot_change_the_workflows_value(database: Path) -> None:
+async def test_activity_gets_a_copy_so_that_it_cannot_change_the_workflows_value(database: Database) -> None:
     @activity
     async def spoil(values: list[int]) -> list[int]:
         values.append(99)
@@ -83,7 +83,7 @@ async def test_activity_gets_a_copy_so_that_it_cannot_change_the_workflows_value
         assert await (await app.start_workflow(check)).result(RESULT_TIMEOUT_S) == [1, 2]
 
 
-async def test_ids_count_by_name_and_are_stable_under_gather(database: Path) -> None:
+async def test_ids_count_by_name_and_are_stable_under_gather(database: Database) -> None:
     gates = {n: asyncio.Event() for n in range(3)}
 
     @activity
@@ -105,7 +105,7 @@ async def test_ids_count_by_name_and_are_stable_under_gather(database: Path) -> 
         assert [event.activity_id for event in events] == ["fetch:3", "fetch:2", "fetch:1"]
 
 
-async def test_options_override_id_and_retry_for_one_call(database: Path) -> None:
+async def test_options_override_id_and_retry_for_one_call(database: Database) -> None:
     @activity
     async def act(fail: bool) -> str:
         if fail:
@@ -127,7 +127,7 @@ async def test_options_override_id_and_retry_for_one_call(database: Path) -> Non
         assert await handle.result(RESULT_TIMEOUT_S) == ["mine", "act:1", "act:2", "1"]
 
 
-async def test_reused_activity_id_is_refused_instead_of_returning_the_old_result(database: Path) -> None:
+async def test_reused_activity_id_is_refused_instead_of_returning_the_old_result(database: Database) -> None:
     @activity
     async def act(n: int) -> int:
         return n
@@ -153,7 +153,7 @@ async def test_reused_activity_id_is_refused_instead_of_returning_the_old_result
                 await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
 
 
-async def test_task_group_wait_and_queue_work_as_in_plain_asyncio(database: Path) -> None:
+async def test_task_group_wait_and_queue_work_as_in_plain_asyncio(database: Database) -> None:
     slow = asyncio.Event()
 
     @activity
@@ -192,7 +192,7 @@ async def test_task_group_wait_and_queue_work_as_in_plain_asyncio(database: Path
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S) == [10, 20, 2, 1]
 
 
-async def test_timeout_cancels_the_activity_and_leaves_nothing_behind(database: Path, clock: VirtualClock) -> None:
+async def test_timeout_cancels_the_activity_and_leaves_nothing_behind(database: Database, clock: VirtualClock) -> None:
     began, cancelled = asyncio.Event(), asyncio.Event()
 
     @activity
@@ -226,7 +226,7 @@ async def test_timeout_cancels_the_activity_and_leaves_nothing_behind(database: 
         assert kinds == [HistoryKind.TIMER_EXPIRED]
 
 
-async def test_sleep_is_never_early_and_time_is_deterministic(database: Path, clock: VirtualClock) -> None:
+async def test_sleep_is_never_early_and_time_is_deterministic(database: Database, clock: VirtualClock) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> list[float]:
         start = ctx.now()
@@ -249,7 +249,7 @@ async def test_sleep_is_never_early_and_time_is_deterministic(database: Path, cl
         assert await handle.result(RESULT_TIMEOUT_S) == [30 * 86400.0, 5.25]
 
 
-async def test_naive_datetime_is_refused(database: Path) -> None:
+async def test_naive_datetime_is_refused(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
         await ctx.sleep_until(datetime(2026, 1, 1))
@@ -259,7 +259,7 @@ async def test_naive_datetime_is_refused(database: Path) -> None:
             await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
 
 
-async def test_random_and_uuid_depend_on_the_instance_only(database: Path) -> None:
+async def test_random_and_uuid_depend_on_the_instance_only(database: Database) -> None:
     @activity
     async def act() -> None: ...
 
@@ -271,14 +271,16 @@ async def test_random_and_uuid_depend_on_the_instance_only(database: Path) -> No
         return [first, str(ctx.uuid4()), str(ctx.random().random())]
 
     seen = []
-    for name in ("one.db", "two.db"):
-        async with App(database.with_name(name)) as app:
+    for _ in range(2):
+        async with App(database) as app:
             seen.append(await (await app.start_workflow(flow, id="same")).result(RESULT_TIMEOUT_S))
+        for table in ("history", "instances"):
+            execute(database, f"DELETE FROM romancy_{table}")
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == 3
 
 
-async def test_workflow_failure_reaches_the_caller_with_its_cause(database: Path) -> None:
+async def test_workflow_failure_reaches_the_caller_with_its_cause(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
         raise LookupError("sku", 17)
@@ -299,7 +301,7 @@ class Declined(TerminalError):
     pass
 
 
-async def test_terminal_error_keeps_its_type_and_is_not_retried(database: Path) -> None:
+async def test_terminal_error_keeps_its_type_and_is_not_retried(database: Database) -> None:
     attempts = []
 
     @activity
@@ -321,7 +323,9 @@ async def test_terminal_error_keeps_its_type_and_is_not_retried(database: Path) 
     assert attempts == [1]
 
 
-async def test_except_exception_in_workflow_code_cannot_break_the_engine(database: Path, clock: VirtualClock) -> None:
+async def test_except_exception_in_workflow_code_cannot_break_the_engine(
+    database: Database, clock: VirtualClock
+) -> None:
     @activity
     async def act(n: int) -> int:
         return n
@@ -341,7 +345,7 @@ async def test_except_exception_in_workflow_code_cannot_break_the_engine(databas
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S) == 3
 
 
-async def test_cancelled_error_that_escapes_means_cancelled(database: Path) -> None:
+async def test_cancelled_error_that_escapes_means_cancelled(database: Database) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
         raise asyncio.CancelledError
@@ -353,7 +357,7 @@ async def test_cancelled_error_that_escapes_means_cancelled(database: Path) -> N
         assert await handle.status() is Status.CANCELLED
 
 
-async def test_cancelling_a_task_in_workflow_code_reaches_its_activity(database: Path) -> None:
+async def test_cancelling_a_task_in_workflow_code_reaches_its_activity(database: Database) -> None:
     began, ended = asyncio.Event(), asyncio.Event()
 
     @activity
@@ -384,7 +388,7 @@ async def test_cancelling_a_task_in_workflow_code_reaches_its_activity(database:
         await ended.wait()
 
 
-async def test_sync_activity_runs_in_a_thread_with_its_context(database: Path) -> None:
+async def test_sync_activity_runs_in_a_thread_with_its_context(database: Database) -> None:
     @activity
     def blocking(n: int) -> str:
         return f"{current_activity().activity_id} {current_activity().attempt} {n}"
@@ -402,7 +406,7 @@ def test_current_activity_outside_one_says_what_to_do() -> None:
         current_activity()
 
 
-async def test_unstorable_argument_fails_at_the_call_site_and_can_be_caught(database: Path) -> None:
+async def test_unstorable_argument_fails_at_the_call_site_and_can_be_caught(database: Database) -> None:
     @activity
     async def act(value: object) -> None: ...
 
@@ -420,7 +424,7 @@ async def test_unstorable_argument_fails_at_the_call_site_and_can_be_caught(data
     assert "set" in message
 
 
-async def test_unstorable_result_is_not_retried(database: Path) -> None:
+async def test_unstorable_result_is_not_retried(database: Database) -> None:
     calls = []
 
     @activity
@@ -442,7 +446,7 @@ async def test_unstorable_result_is_not_retried(database: Path) -> None:
     assert len(calls) == 1
 
 
-async def test_result_timeout_leaves_the_workflow_running(database: Path, clock: VirtualClock) -> None:
+async def test_result_timeout_leaves_the_workflow_running(database: Database, clock: VirtualClock) -> None:
     @workflow
     async def flow(ctx: WorkflowContext) -> str:
         await ctx.sleep(100)
@@ -458,7 +462,7 @@ async def test_result_timeout_leaves_the_workflow_running(database: Path, clock:
         assert await handle.result(RESULT_TIMEOUT_S) == "done"
 
 
-async def test_idempotency_key_is_the_same_for_all_attempts(database: Path) -> None:
+async def test_idempotency_key_is_the_same_for_all_attempts(database: Database) -> None:
     keys = []
 
     @activity(retry=RetryPolicy.fixed(3, 0))
@@ -478,7 +482,7 @@ async def test_idempotency_key_is_the_same_for_all_attempts(database: Path) -> N
     assert keys == [f"{handle.instance_id}/1/act:1"] * 3 + [f"{handle.instance_id}/1/act:2"]
 
 
-async def test_thousand_activities_in_one_gather(database: Path) -> None:
+async def test_thousand_activities_in_one_gather(database: Database) -> None:
     @activity
     async def act(n: int) -> int:
         return n
@@ -491,7 +495,7 @@ async def test_thousand_activities_in_one_gather(database: Path) -> None:
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S) == 499500
 
 
-async def test_as_completed_over_activities_keeps_their_ids(database: Path) -> None:
+async def test_as_completed_over_activities_keeps_their_ids(database: Database) -> None:
     gates = [asyncio.Event() for _ in range(4)]
 
     @activity
@@ -512,7 +516,7 @@ async def test_as_completed_over_activities_keeps_their_ids(database: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
-async def test_as_completed_over_other_coroutines_is_refused_with_the_cure(database: Path) -> None:
+async def test_as_completed_over_other_coroutines_is_refused_with_the_cure(database: Database) -> None:
     async def step(n: int) -> int:
         return n
 
@@ -535,7 +539,7 @@ async def test_as_completed_over_other_coroutines_is_refused_with_the_cure(datab
         assert await (await app.start_workflow(cured)).result(RESULT_TIMEOUT_S) == [0, 1, 2, 3]
 
 
-async def test_task_group_cancels_its_tasks_in_the_same_order_every_time(database: Path) -> None:
+async def test_task_group_cancels_its_tasks_in_the_same_order_every_time(database: Database) -> None:
     orders: list[list[int]] = []
 
     @activity(retry=RetryPolicy.no_retry())

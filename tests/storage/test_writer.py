@@ -25,9 +25,10 @@ from romancy.errors import FencedError
 from romancy.storage import writer as writer_module
 from romancy.storage.batch import Batch, Party, run_batch
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
-from romancy.storage.sqlite import SqliteStore
+from romancy.storage.store import Store
 from romancy.storage.writer import Recorder, Writer
-from tests.support import RESULT_TIMEOUT_S, rows
+from tests.databases import rows
+from tests.support import RESULT_TIMEOUT_S
 
 
 class FakeStore:
@@ -255,11 +256,11 @@ def test_bisection_that_fails_in_the_middle_goes_on_where_it_was() -> None:
 
 def held_flushes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Callable[[], None]], Callable[[], None]]:
     """Flushes stay away until they are let go."""
-    real = SqliteStore.flush
+    real = Store.flush
     held: list[Callable[[], None]] = []
     is_open = False
 
-    def flush(self: SqliteStore, *arguments: Any) -> Future[None]:
+    def flush(self: Store, *arguments: Any) -> Future[None]:
         if is_open:
             return real(self, *arguments)
         future: Future[None] = Future()
@@ -276,7 +277,7 @@ def held_flushes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Callable[[], Non
         while held:
             held.pop(0)()
 
-    monkeypatch.setattr(SqliteStore, "flush", flush)
+    monkeypatch.setattr(Store, "flush", flush)
     return held, open_all
 
 
@@ -341,8 +342,8 @@ async def test_result_is_not_given_out_before_the_end_is_durable(
 
 async def test_three_sequential_activities_cost_four_commits(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = []
-    real = SqliteStore._commit
-    monkeypatch.setattr(SqliteStore, "_commit", lambda self, *a: commits.append(1) or real(self, *a))
+    real = Store._write_parties
+    monkeypatch.setattr(Store, "_write_parties", lambda self, *a: commits.append(1) or real(self, *a))
 
     @activity
     async def step() -> None: ...

@@ -97,7 +97,9 @@ wanted = st.none() | st.booleans() | numbers | words.filter(lambda word: "\0" no
 @given(st.lists(st.dictionaries(names, stored, max_size=3), max_size=5), st.dictionaries(paths, wanted, max_size=2))
 def test_filters_find_what_plain_python_finds(search: Search, inputs: list[Any], filters: dict[str, Any]) -> None:
     texts = [json.dumps(value, ensure_ascii=False, separators=(",", ":")) for value in inputs]
-    assert search(texts, input_matches(filters)) == [n for n, value in enumerate(inputs) if matches(value, filters)]
+    assert search(texts, input_matches(filters, "sqlite")) == [
+        n for n, value in enumerate(inputs) if matches(value, filters)
+    ]
 
 
 @st.composite
@@ -118,14 +120,14 @@ def test_value_that_is_there_is_found(search: Search, case: tuple[Any, dict[str,
     (value,) = filters.values()
     if isinstance(value, dict | list) or (isinstance(value, str) and "\0" in value):
         return
-    assert search([json.dumps(document, ensure_ascii=False)], input_matches(filters)) == [0]
+    assert search([json.dumps(document, ensure_ascii=False)], input_matches(filters, "sqlite")) == [0]
 
 
 @examples
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_finds_itself_and_no_other(search: Search, number: float, other: float) -> None:
     texts = [json.dumps({"x": number}), json.dumps({"x": other})]
-    found = search(texts, input_matches({"x": number}))
+    found = search(texts, input_matches({"x": number}, "sqlite"))
     assert found == ([0, 1] if number == other else [0])
 
 
@@ -180,17 +182,17 @@ CASES: list[tuple[dict[str, Any], Any, bool]] = [
 @pytest.mark.parametrize(("filters", "document", "is_found"), CASES, ids=[str(n) for n in range(len(CASES))])
 def test_rule_of_matching(search: Search, filters: dict[str, Any], document: Any, is_found: bool) -> None:
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    assert search([text], input_matches(filters)) == ([0] if is_found else [])
+    assert search([text], input_matches(filters, "sqlite")) == ([0] if is_found else [])
     assert matches(document, filters) == is_found
 
 
 def test_deeply_nested_input_of_one_instance_does_not_spoil_the_query_for_others(search: Search) -> None:
     deep = '{"v":' + "[" * 1_500 + "]" * 1_500 + "}"
-    assert search([deep, '{"a":1}'], input_matches({"a": 1})) == [1]
+    assert search([deep, '{"a":1}'], input_matches({"a": 1}, "sqlite")) == [1]
 
 
 def test_paths_and_values_are_bound_never_pasted_into_sql() -> None:
-    condition = input_matches({"secret.path": "secret value", "n": 12345})
+    condition = input_matches({"secret.path": "secret value", "n": 12345}, "sqlite")
     sql = str(condition.compile())
     assert "secret" not in sql
     assert "12345" not in sql
@@ -230,7 +232,7 @@ def test_paths_and_values_are_bound_never_pasted_into_sql() -> None:
 )
 def test_bad_filter_is_a_value_error_that_names_it(filters: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        input_matches(filters)
+        input_matches(filters, "sqlite")
     assert isinstance(caught.value, InvalidFilterError)
 
 
@@ -245,7 +247,7 @@ def test_parts_of_text_ignore_ascii_case_only_and_know_no_wildcards(
     search: Search, inputs: list[str], part: str
 ) -> None:
     expected = [n for n, text in enumerate(inputs) if ascii_lower(part) in ascii_lower(text)]
-    assert search(inputs, contains(instances.c.input, part)) == expected
+    assert search(inputs, contains(instances.c.input, part, "sqlite")) == expected
 
 
 @examples

@@ -26,6 +26,7 @@ PUBLIC = [
     "DatabaseReadOnlyError",
     "DatabaseURLError",
     "DatabaseUnavailableError",
+    "DatabaseUnsafeError",
     "DefinitionError",
     "DuplicateNameError",
     "ErrorInfo",

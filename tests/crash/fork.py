@@ -1,0 +1,12 @@
+"""What a forked child begins with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def in_child(*arguments: Any) -> None:
+    """Run the child; imported there only, for its definitions would be in the way of other tests."""
+    from tests.crash import child
+
+    child.main(*arguments)

@@ -1,0 +1,141 @@
+"""The databases that the tests run on: SQLite always, servers where there are any.
+
+A server is taken from ``ROMANCY_TEST_POSTGRESQL_URL`` or ``ROMANCY_TEST_MYSQL_URL``, else looked for at its usual
+address on this machine. Where there is none its tests are skipped, unless ``ROMANCY_TEST_ALL_DATABASES`` is set: then
+they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pymysql
+import pytest
+from sqlalchemy import URL, make_url
+
+from romancy import App
+
+Database = Path | str
+"""What a test hands to ``App``: the path of a SQLite file, or the URL of a database on a server."""
+
+KINDS = ("sqlite", "postgresql", "mysql")
+ADDRESSES = {
+    "postgresql": ("ROMANCY_TEST_POSTGRESQL_URL", "postgresql://postgres@127.0.0.1:5432/postgres"),
+    "mysql": ("ROMANCY_TEST_MYSQL_URL", "mysql://root@127.0.0.1:3306/"),
+}
+NAMES = {"postgresql": "PostgreSQL", "mysql": "MySQL or MariaDB"}
+
+
+def kind_of(database: Database) -> str:
+    """``sqlite``, ``postgresql`` or ``mysql``."""
+    return database.partition(":")[0] if isinstance(database, str) else "sqlite"
+
+
+def database_of(app: App) -> Database:
+    """The database of an app that runs, for :func:`rows`."""
+    path = getattr(app._store, "path", None)
+    return Path(path) if path is not None else str(app.address)
+
+
+def rows(database: Database, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """What the database holds, read by the plain driver; parameters stand as ``?``."""
+    with closing(connect(database)) as connection:
+        cursor = connection.cursor()
+        cursor.execute(_marked(database, sql), parameters)
+        return [tuple(row) for row in cursor.fetchall()]
+
+
+def execute(database: Database, sql: str, *parameters: Any) -> None:
+    """Change the database behind Romancy's back."""
+    with closing(connect(database)) as connection:
+        connection.cursor().execute(_marked(database, sql), parameters)
+        connection.commit()
+
+
+SERIAL = {
+    "sqlite": "INTEGER PRIMARY KEY",
+    "postgresql": "SERIAL PRIMARY KEY",
+    "mysql": "INT AUTO_INCREMENT PRIMARY KEY",
+}
+
+
+def create_ledger(database: Database) -> None:
+    """A table of the user's own: tokens in the order in which they were written; nothing keeps out doubles."""
+    execute(database, f"CREATE TABLE ledger (id {SERIAL[kind_of(database)]}, token VARCHAR(200) NOT NULL)")
+
+
+def connect(database: Database) -> Any:
+    """A connection of the plain driver."""
+    if isinstance(database, Path):
+        return sqlite3.connect(database, timeout=20)
+    url = make_url(database)
+    if kind_of(database) == "postgresql":
+        return psycopg.connect(database)
+    return pymysql.connect(
+        host=url.host or "127.0.0.1",
+        port=url.port or 3306,
+        user=url.username,
+        password=url.password or "",
+        database=url.database or None,
+        charset="utf8mb4",
+    )
+
+
+def _marked(database: Database, sql: str) -> str:
+    return sql if isinstance(database, Path) else sql.replace("%", "%%").replace("?", "%s")
+
+
+@contextmanager
+def server_database(kind: str) -> Iterator[str]:
+    """The URL of a new database on a server; skips the test where there is no server."""
+    found = server(kind)
+    name = f"romancy_test_{uuid4().hex[:12]}"
+    _administer(found, f"CREATE DATABASE {name}")
+    try:
+        yield found.set(database=name).render_as_string(hide_password=False)
+    finally:
+        force = " WITH (FORCE)" if kind == "postgresql" else ""
+        _administer(found, f"DROP DATABASE {name}{force}")
+
+
+def clean(database: str) -> None:
+    """Empty Romancy's tables and drop the test's own."""
+    schema = "current_schema()" if kind_of(database) == "postgresql" else "DATABASE()"
+    with closing(connect(database)) as connection:
+        cursor = connection.cursor()
+        cursor.execute(f"SELECT table_name FROM information_schema.tables WHERE table_schema = {schema}")
+        for (name,) in cursor.fetchall():
+            if name == "romancy_schema_version":
+                continue
+            cursor.execute(f"DELETE FROM {name}" if name.startswith("romancy_") else f"DROP TABLE {name}")
+        connection.commit()
+
+
+def server(kind: str) -> URL:
+    """A server of this kind; skips the test where there is none."""
+    variable, usual = ADDRESSES[kind]
+    url = make_url(os.environ.get(variable, usual))
+    try:
+        connect(url.render_as_string(hide_password=False)).close()
+    except (psycopg.Error, pymysql.Error) as error:
+        reason = (
+            f"no {NAMES[kind]} server at {url!r}, so nothing is tested there; start one or set {variable} ({error})"
+        )
+        if os.environ.get("ROMANCY_TEST_ALL_DATABASES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return url
+
+
+def _administer(url: URL, sql: str) -> None:
+    with closing(connect(url.render_as_string(hide_password=False))) as connection:
+        if url.get_backend_name() == "postgresql":
+            connection.autocommit = True
+        connection.cursor().execute(sql)

@@ -1,0 +1,101 @@
+"""A TCP proxy that breaks connections when it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import Literal
+
+When = Literal["before", "after"]
+
+
+class Proxy:
+    """Stands between a client and a server; runs on threads of its own.
+
+    Attributes:
+        address: where it listens, as ``host:port``.
+        cuts: how many connections it has broken.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.cuts = 0
+        self._lock = threading.Lock()
+        self._left: int | None = None
+        self._when: When = "before"
+        self._open: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut_at(self, request: int, when: When) -> None:
+        """Break the connection of the N-th request from now.
+
+        Args:
+            request: counted over all connections.
+            when: before the server gets the request, or after it has answered, unheard.
+        """
+        with self._lock:
+            self._left, self._when = request, when
+
+    def spare(self) -> None:
+        """Break nothing more."""
+        with self._lock:
+            self._left = None
+
+    def close(self) -> None:
+        """Break everything and listen no more."""
+        self._listener.close()
+        for end in list(self._open):
+            _close(end)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+                self._open |= {client, server}
+                threading.Thread(target=self._to_server, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._to_client, args=(client, server), daemon=True).start()
+
+    def _to_server(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                when = self._verdict()
+                if when == "before":
+                    break
+                if when == "after":
+                    # Whoever reads the answers must not pass this one on.
+                    _close(client)
+                    server.sendall(data)
+                    server.shutdown(socket.SHUT_WR)
+                    return
+                server.sendall(data)
+        _close(client)
+        _close(server)
+
+    def _to_client(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(1 << 20):
+                with contextlib.suppress(OSError):
+                    client.sendall(data)
+        _close(client)
+        _close(server)
+
+    def _verdict(self) -> When | None:
+        with self._lock:
+            if self._left is None:
+                return None
+            self._left -= 1
+            if self._left > 0:
+                return None
+            self._left = None
+            self.cuts += 1
+            return self._when
+
+
+def _close(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()

@@ -1,0 +1,127 @@
+"""Connections to a server that break at every request in turn: nothing lost, nothing doubled, nobody stuck."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url, text
+
+from romancy import App, RetryPolicy, Workflow, WorkflowContext, activity, current_activity, workflow
+from tests.databases import Database, clean, create_ledger, execute, kind_of, rows
+from tests.proxy import Proxy, When
+from tests.support import RESULT_TIMEOUT_S
+
+INSERT = text("INSERT INTO ledger (token) VALUES (:token)")
+PORTS = {"postgresql": 5432, "mysql": 3306}
+REQUESTS = 24
+"""More than one run of the workflow sends."""
+
+
+@pytest.fixture(params=["postgresql", "mysql"])
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    yield url
+    clean(url)
+
+
+@contextmanager
+def behind_proxy(url: str) -> Iterator[tuple[Proxy, str]]:
+    parts = make_url(url)
+    proxy = Proxy(parts.host or "127.0.0.1", parts.port or PORTS[kind_of(url)])
+    try:
+        yield proxy, parts.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+    finally:
+        proxy.close()
+
+
+def define() -> Workflow[..., Any]:
+    @activity
+    async def plain(name: str) -> str:
+        return name
+
+    @activity(retry=RetryPolicy.no_retry())
+    async def book(name: str) -> str:
+        await current_activity().session.execute(INSERT, {"token": f"{current_activity().instance_id} {name}"})
+        return name
+
+    @activity(retry=RetryPolicy.no_retry())
+    def book_in_thread(name: str) -> str:
+        current_activity().sync_session.execute(INSERT, {"token": f"{current_activity().instance_id} {name}"})
+        return name
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> list[str]:
+        found = [await plain("a"), await book("b")]
+        found += await asyncio.gather(book("c"), book_in_thread("d"), plain("e"))
+        return found
+
+    return flow
+
+
+def check(server: Database, instance_id: str) -> None:
+    sql = "SELECT operation_id FROM romancy_history WHERE instance_id = ? AND kind = 'ActivityCompleted'"
+    outcomes = Counter(activity_id for (activity_id,) in rows(server, sql, instance_id))
+    assert outcomes == Counter(["plain:1", "book:1", "book:2", "book_in_thread:1", "plain:2"])
+    tokens = [token for (token,) in rows(server, "SELECT token FROM ledger WHERE token LIKE ?", f"{instance_id} %")]
+    assert sorted(tokens) == [f"{instance_id} {name}" for name in "bcd"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_connection_that_breaks_at_any_request(server: str, when: When) -> None:
+    create_ledger(server)
+    flow = define()
+    with behind_proxy(server) as (proxy, url):
+        async with App(url) as app:
+            for request in range(1, REQUESTS):
+                instance_id = f"{when}-{request:02}"
+                proxy.cut_at(request, when)
+                handle = await start_until_it_works(app, flow, instance_id)
+                assert await handle.result(RESULT_TIMEOUT_S) == ["a", "b", "c", "d", "e"]
+                check(server, instance_id)
+            proxy.spare()
+            assert proxy.cuts >= REQUESTS - 4
+        assert rows(server, "SELECT count(*) FROM romancy_instances WHERE status <> 'completed'") == [(0,)]
+
+
+async def start_until_it_works(app: App, flow: Workflow[..., Any], instance_id: str) -> Any:
+    """A start with an id of one's own may be repeated."""
+    while True:
+        try:
+            return await app.start_workflow(flow, id=instance_id)
+        except Exception as error:
+            assert "can't be reached" in str(error), error
+
+
+async def test_server_that_ends_all_connections(server: str) -> None:
+    create_ledger(server)
+    flow = define()
+    async with App(server) as app:
+        handles = []
+        for number in range(20):
+            handles.append(await start_until_it_works(app, flow, f"number-{number}"))
+            if number % 5 == 4:
+                end_all_connections(server)
+        for handle in handles:
+            assert await handle.result(RESULT_TIMEOUT_S) == ["a", "b", "c", "d", "e"]
+            check(server, handle.instance_id)
+
+
+def end_all_connections(server: str) -> None:
+    if kind_of(server) == "postgresql":
+        rows(
+            server,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+        return
+    sql = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()"
+    for (number,) in rows(server, sql):
+        try:
+            execute(server, f"KILL {number}")
+        except Exception as error:
+            assert "Unknown thread id" in str(error)
