@@ -229,6 +229,11 @@ class Signature:
                 f"Let the annotation take it, then resume the instance"
             ) from error
 
+    def copy_arguments(self, arguments: Arguments) -> Arguments:
+        """The same arguments, read from their stored form anew."""
+        args, kwargs = self._decode_keyed(arguments.text)
+        return Arguments(arguments.text, args, kwargs)
+
     def same_arguments(self, stored: str, text: str) -> bool:
         """Whether two stored arguments mean the same, whatever the order of a set's or a mapping's parts."""
         if stored == text:

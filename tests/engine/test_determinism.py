@@ -25,7 +25,8 @@ from romancy.engine.replay import Request, compare
 from romancy.failures import decode_error
 from romancy.storage.rows import HistoryRow
 from romancy.testing import VirtualClock, isolated_catalogue
-from tests.support import RESULT_TIMEOUT_S, crash, rows, until_quiet
+from tests.databases import Database, rows
+from tests.support import RESULT_TIMEOUT_S, crash, until_quiet
 
 Body = Callable[[WorkflowContext, "Acts"], Any]
 
@@ -157,7 +158,7 @@ async def inserted_into_gather(ctx: WorkflowContext, acts: Acts) -> Any:
     ids=lambda value: getattr(value, "__name__", None),
 )
 async def test_changed_code_is_parked_with_history_untouched_and_runs_on_once_right(
-    database: Path, changed: Body, expected: str, found: str
+    database: Database, changed: Body, expected: str, found: str
 ) -> None:
     await run_until_last_then_crash(database, old)
     before = rows(database, "SELECT * FROM romancy_history ORDER BY seq")
@@ -181,7 +182,7 @@ async def test_changed_code_is_parked_with_history_untouched_and_runs_on_once_ri
             assert acts.calls == ["last"]
 
 
-async def test_the_place_in_the_message_is_the_line_of_the_request(database: Path) -> None:
+async def test_the_place_in_the_message_is_the_line_of_the_request(database: Database) -> None:
     await run_until_last_then_crash(database, old)
     error, _ = await resume_with(database, renamed)
     assert error is not None
@@ -191,7 +192,7 @@ async def test_the_place_in_the_message_is_the_line_of_the_request(database: Pat
     assert mismatch.location == f"{__file__}:{line}"
 
 
-async def test_argument_comparison_can_be_turned_off(database: Path) -> None:
+async def test_argument_comparison_can_be_turned_off(database: Database) -> None:
     await run_until_last_then_crash(database, old)
     error, calls = await resume_with(database, other_arguments, compare_inputs=False)
     assert error is None
@@ -210,14 +211,14 @@ async def swapped_new(ctx: WorkflowContext, acts: Acts) -> Any:
     return found
 
 
-async def test_swapped_calls_under_gather_do_not_swap_results_silently(database: Path) -> None:
+async def test_swapped_calls_under_gather_do_not_swap_results_silently(database: Database) -> None:
     await run_until_last_then_crash(database, swapped_old)
     error, _ = await resume_with(database, swapped_new)
     assert error is not None
     assert "arguments" in str(decode_error(error))
 
 
-async def test_except_exception_in_workflow_code_does_not_swallow_the_mismatch(database: Path) -> None:
+async def test_except_exception_in_workflow_code_does_not_swallow_the_mismatch(database: Database) -> None:
     async def swallowing(ctx: WorkflowContext, acts: Acts) -> Any:
         while True:
             try:
@@ -231,7 +232,7 @@ async def test_except_exception_in_workflow_code_does_not_swallow_the_mismatch(d
     assert isinstance(decode_error(error), NonDeterminismError)
 
 
-async def test_finally_blocks_of_a_parked_workflow_start_nothing(database: Path) -> None:
+async def test_finally_blocks_of_a_parked_workflow_start_nothing(database: Database) -> None:
     async def with_finally(ctx: WorkflowContext, acts: Acts) -> Any:
         try:
             return await renamed(ctx, acts)
@@ -244,7 +245,7 @@ async def test_finally_blocks_of_a_parked_workflow_start_nothing(database: Path)
     assert calls == []
 
 
-async def test_typed_result_that_no_longer_fits_parks_instead_of_failing(database: Path) -> None:
+async def test_typed_result_that_no_longer_fits_parks_instead_of_failing(database: Database) -> None:
     with isolated_catalogue():
         go = asyncio.Event()
 
@@ -283,7 +284,7 @@ async def test_typed_result_that_no_longer_fits_parks_instead_of_failing(databas
                 await (await app.get_handle("it")).result(RESULT_TIMEOUT_S)
 
 
-async def test_activity_failure_is_the_same_exception_live_and_on_replay(database: Path) -> None:
+async def test_activity_failure_is_the_same_exception_live_and_on_replay(database: Database) -> None:
     seen: list[tuple[Any, ...]] = []
 
     async def body(ctx: WorkflowContext, acts: Acts) -> Any:
@@ -329,7 +330,7 @@ def flow_of_reload(body: Body, acts: Acts) -> Workflow[[], Any]:
     return flow
 
 
-async def test_result_that_looks_like_an_error_stays_a_result(database: Path) -> None:
+async def test_result_that_looks_like_an_error_stays_a_result(database: Database) -> None:
     @activity
     async def tricky() -> dict[str, str]:
         return {"type": "builtins.ValueError", "message": "not an error"}
@@ -343,7 +344,7 @@ async def test_result_that_looks_like_an_error_stays_a_result(database: Path) ->
     assert result == {"type": "builtins.ValueError", "message": "not an error"}
 
 
-async def test_workflow_that_fails_after_resume_fails_once(database: Path) -> None:
+async def test_workflow_that_fails_after_resume_fails_once(database: Database) -> None:
     await run_until_last_then_crash(database, old)
 
     async def then_fails(ctx: WorkflowContext, acts: Acts) -> Any:
@@ -365,12 +366,12 @@ def event(**changes: Any) -> HistoryRow:
 
 def test_rule_accepts_what_fits_and_names_what_does_not() -> None:
     request = Request("a:1", "a", 1, False, '{"n":1}', str.__eq__)
-    assert compare(event(), request, []) is None
-    assert compare(event(position=2), request, []) is not None
-    assert compare(event(name="b"), request, []) is not None
-    assert compare(event(kind="TimerExpired"), request, []) is not None
-    assert compare(event(input='{"n":2}'), request, []) is not None
-    nothing = compare(event(), None, [])
+    assert compare(event(), request, list) is None
+    assert compare(event(position=2), request, list) is not None
+    assert compare(event(name="b"), request, list) is not None
+    assert compare(event(kind="TimerExpired"), request, list) is not None
+    assert compare(event(input='{"n":2}'), request, list) is not None
+    nothing = compare(event(), None, list)
     assert nothing is not None
     assert nothing.found == "no request at all"
 

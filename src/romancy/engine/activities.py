@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, copy_context
 from functools import partial
 from random import Random
+from threading import Thread
 from typing import Any, Protocol
+
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from romancy.clock import Clock
 from romancy.context import CURRENT_ACTIVITY, ActivityContext
@@ -25,11 +28,20 @@ from romancy.errors import (
     TerminalError,
 )
 from romancy.serde import check_size
-from romancy.storage.sessions import LONG_TRANSACTION_S, ActivityTransaction, SessionEngines
+from romancy.storage.failures import database_error, is_lost
+from romancy.storage.rows import HistoryRow
+from romancy.storage.sessions import (
+    LONG_TRANSACTION_S,
+    ActivityTransaction,
+    CommitUnsureError,
+    HistoryConflictError,
+    SessionEngines,
+)
 
 logger = logging.getLogger("romancy.engine")
 
 DATABASE_RETRY_WAIT_S = 0.1
+LONGEST_ENDING_S = 5.0
 
 
 class Attempt:
@@ -99,6 +111,7 @@ class ActivityRunner:
         self._queue: deque[Attempt] = deque()
         self._endings: set[asyncio.Task[None]] = set()
         self._random = Random()
+        self._is_stopping = False
         self._threads = ThreadPoolExecutor(threads, "romancy-activity")
         # Commits of sessions must not wait in line behind threads that wait for the lock that they hold.
         self._commit_threads = ThreadPoolExecutor(2, "romancy-commit")
@@ -109,6 +122,8 @@ class ActivityRunner:
         """Run the next attempt, now or once there is a place."""
         attempt = Attempt(instance, operation)
         operation.running = attempt
+        if self._is_stopping:
+            return  # the instance leaves soon, and the attempt begins where it goes on
         if len(self._running) >= self._limit:
             self._queue.append(attempt)
         else:
@@ -117,8 +132,12 @@ class ActivityRunner:
     def _run(self, attempt: Attempt) -> None:
         operation, instance = attempt.operation, attempt.instance
         activity = operation.activity
+        arguments = operation.arguments
         if not operation.first_attempt_us:
             operation.first_attempt_us = self._host.clock.now_us()
+        else:
+            # The attempt before may have changed what it was given.
+            arguments = activity.signature.copy_arguments(arguments)
         attempt.context = ActivityContext(
             instance.instance_id,
             instance.run,
@@ -131,18 +150,29 @@ class ActivityRunner:
         context = self._base_context.copy()
         context.run(CURRENT_ACTIVITY.set, attempt.context)
         self._running.add(attempt)
-        arguments = operation.arguments
+        timeout_s = operation.options.timeout_s or activity.timeout_s
         if activity.is_async:
             coroutine = activity.fn(*arguments.args, **arguments.kwargs)
             task = asyncio.Task(coroutine, loop=self._loop, name=operation.id, context=context)
             attempt.handle = task
             task.add_done_callback(partial(self._on_task_done, attempt), context=self._base_context)
+            if timeout_s is not None:
+                self._arm(attempt, timeout_s)
         else:
-            thread = self._threads.submit(context.run, activity.fn, *arguments.args, **arguments.kwargs)
+            function = partial(activity.fn, *arguments.args, **arguments.kwargs)
+            if timeout_s is not None:
+                function = partial(self._in_time, attempt, timeout_s, function)
+            thread = self._threads.submit(context.run, function)
             attempt.handle = thread
             thread.add_done_callback(partial(self._post, attempt))
-        timeout_s = operation.options.timeout_s or activity.timeout_s
-        if timeout_s is not None:
+
+    def _in_time(self, attempt: Attempt, timeout_s: float, function: Callable[[], Any]) -> Any:
+        """In a thread: the time counts from here, not from when the attempt began to wait for the thread."""
+        self._loop.call_soon_threadsafe(self._arm, attempt, timeout_s)
+        return function()
+
+    def _arm(self, attempt: Attempt, timeout_s: float) -> None:
+        if attempt in self._running:
             attempt.timeout = self._loop.call_later(timeout_s, self._time_out, attempt, timeout_s)
 
     def _time_out(self, attempt: Attempt, timeout_s: float) -> None:
@@ -171,8 +201,7 @@ class ActivityRunner:
             return
         attempt.is_given_up = True
         if attempt.handle is None:
-            self._queue.remove(attempt)
-            attempt.instance.on_attempt_dropped(operation)
+            attempt.instance.on_attempt_dropped(operation)  # and passed over when its turn comes
         else:
             attempt.handle.cancel()
 
@@ -184,11 +213,11 @@ class ActivityRunner:
             self._loop.call_soon_threadsafe(self._on_thread_done, attempt, thread)
         except RuntimeError:
             logger.debug("the event loop closed before activity %s ended", attempt.operation.id)
+            self._close_late(attempt)
 
     def _on_thread_done(self, attempt: Attempt, thread: Future[Any]) -> None:
         if attempt.is_over:
-            if attempt.context.transaction is not None:
-                self._commit_threads.submit(attempt.context.transaction.close_in_thread)
+            self._close_late(attempt)
             return
         self._leave(attempt)
         if thread.cancelled():
@@ -199,6 +228,13 @@ class ActivityRunner:
             self._on_returned(attempt, thread.result())
         else:
             self._on_raised(attempt, error)
+
+    @staticmethod
+    def _close_late(attempt: Attempt) -> None:
+        """Roll back what a thread has left behind that ended when nobody waited for it any more."""
+        transaction = attempt.context.transaction
+        if transaction is not None:
+            Thread(target=transaction.close_in_thread, name="romancy-late", daemon=True).start()
 
     def _on_task_done(self, attempt: Attempt, task: asyncio.Task[Any]) -> None:
         self._leave(attempt)
@@ -215,8 +251,10 @@ class ActivityRunner:
         self._running.discard(attempt)
         if attempt.timeout is not None:
             attempt.timeout.cancel()
-        while self._queue and len(self._running) < self._limit:
-            self._run(self._queue.popleft())
+        while self._queue and len(self._running) < self._limit and not self._is_stopping:
+            waiting = self._queue.popleft()
+            if not waiting.is_given_up:
+                self._run(waiting)
 
     def _on_cancelled(self, attempt: Attempt) -> None:
         if attempt.is_given_up or attempt.instance.is_gone:
@@ -244,11 +282,21 @@ class ActivityRunner:
             self._spawn(self._commit(attempt, transaction, text, value))
 
     def _on_raised(self, attempt: Attempt, error: BaseException) -> None:
-        if isinstance(error, DatabaseError):
-            # The database, not the activity: try again without counting it.
-            self._roll_back_then(attempt, lambda: self._again(attempt, error))
+        failure = self._failure_of_ours(attempt, error)
+        if failure is not None:
+            self._roll_back_then(attempt, lambda: self._again(attempt, failure))
         else:
             self._roll_back_then(attempt, lambda: self._settle_failure(attempt, error))
+
+    def _failure_of_ours(self, attempt: Attempt, error: BaseException) -> DatabaseError | None:
+        """Whether our database, and not the activity, is to blame: such an attempt does not count."""
+        transaction = attempt.context.transaction
+        if transaction is None:
+            return None
+        if transaction.is_open and isinstance(error, DBAPIError) and is_lost(error):
+            return database_error(error, self._engines.name)
+        # The very error, not one like it: an activity may have other databases, and other apps.
+        return transaction.failure if error is transaction.failure else None
 
     def _settle_failure(self, attempt: Attempt, error: BaseException) -> None:
         operation, instance = attempt.operation, attempt.instance
@@ -284,7 +332,7 @@ class ActivityRunner:
         operation, instance = attempt.operation, attempt.instance
         is_async = operation.activity.is_async
         try:
-            await (transaction.flush() if is_async else self._in_thread(transaction.flush_in_thread))
+            await self._flush(transaction, is_async=is_async)
         except Exception as error:
             self._on_raised(attempt, error)
             return
@@ -308,6 +356,16 @@ class ActivityRunner:
             is_committed = True
         except FencedError as error:
             self._host.on_fenced(error)
+        except HistoryConflictError as error:
+            instance.on_refused(error)
+        except IntegrityError as error:
+            operation.attempt -= 1
+            self._on_raised(attempt, error)
+        except CommitUnsureError as error:
+            is_committed = await self._find_out(attempt, row)
+            if not is_committed:
+                operation.attempt -= 1
+                self._again(attempt, error)
         except DatabaseError as error:
             operation.attempt -= 1
             self._again(attempt, error)
@@ -316,6 +374,26 @@ class ActivityRunner:
             done = self._loop.create_future()
             self._loop.call_soon(self._after_commit, instance, operation, is_committed, value, done)
         await done
+
+    async def _flush(self, transaction: ActivityTransaction, *, is_async: bool) -> None:
+        if is_async:
+            await transaction.flush()
+            return
+        # A flush that begins the transaction waits for the write lock, maybe behind one that must commit.
+        pool = self._commit_threads if transaction.is_open else self._threads
+        await asyncio.wrap_future(pool.submit(transaction.flush_in_thread))
+
+    async def _find_out(self, attempt: Attempt, row: HistoryRow) -> bool:
+        """Whether a commit whose connection was lost has taken place; asks until the database answers."""
+        while not attempt.instance.is_gone:
+            try:
+                return await asyncio.wrap_future(self._engines.store.find_event(self._host.worker_id, row))
+            except FencedError as error:
+                self._host.on_fenced(error)
+            except DatabaseError as error:
+                logger.warning("whether activity %s was committed is not known yet: %s", attempt.operation.id, error)
+                await asyncio.sleep(DATABASE_RETRY_WAIT_S)
+        return False
 
     @staticmethod
     def _after_commit(
@@ -352,7 +430,7 @@ class ActivityRunner:
 
     @staticmethod
     def _warn_of_length(operation: ActivityOperation, transaction: ActivityTransaction) -> None:
-        if transaction.open_for_s > LONG_TRANSACTION_S:
+        if transaction.holds_everybody_up and transaction.open_for_s > LONG_TRANSACTION_S:
             logger.warning(
                 "activity %s (%s) held the database's write lock for %.1f s: nobody else could write meanwhile. "
                 "Do slow things before the session's first use",
@@ -382,7 +460,8 @@ class ActivityRunner:
         return len(self._running)
 
     async def finish(self, grace_s: float) -> None:
-        """Let running attempts end by themselves for that many seconds."""
+        """Begin no attempt any more, and let the running ones end by themselves for that many seconds."""
+        self._is_stopping = True
         deadline = self._loop.time() + grace_s
         while (self._running or self._endings) and self._loop.time() < deadline:
             handles = [self._as_awaitable(attempt) for attempt in self._running if attempt.handle is not None]
@@ -395,17 +474,23 @@ class ActivityRunner:
         return handle if isinstance(handle, asyncio.Task) else asyncio.wrap_future(handle)  # type: ignore[arg-type]
 
     async def close(self) -> None:
-        """Cancel what still runs and wait for its transactions to end; threads are left to themselves."""
+        """Cancel what still runs and wait a while for its transactions to end; threads are left to themselves."""
+        self._is_stopping = True
         for attempt in list(self._running):
             attempt.is_given_up = True
+            attempt.is_over = not isinstance(attempt.handle, asyncio.Task)
             if attempt.handle is not None:
                 attempt.handle.cancel()
         self._queue.clear()
         tasks = [attempt.handle for attempt in self._running if isinstance(attempt.handle, asyncio.Task)]
         if tasks:
-            await asyncio.wait(tasks, timeout=5)
+            await asyncio.wait(tasks, timeout=LONGEST_ENDING_S)
         await asyncio.sleep(0)
-        while self._endings:
-            await asyncio.wait(set(self._endings))
+        deadline = self._loop.time() + LONGEST_ENDING_S
+        while self._endings and self._loop.time() < deadline:
+            await asyncio.wait(set(self._endings), timeout=deadline - self._loop.time())
+        for ending in self._endings:
+            logger.warning("an activity's transaction has not ended within %.0f s; it is left behind", LONGEST_ENDING_S)
+            ending.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._commit_threads.shutdown(wait=False)

@@ -37,6 +37,7 @@ from romancy.model import HistoryKind, Status
 from romancy.retry import RetryPolicy
 from romancy.serde import check_size
 from romancy.signature import Arguments
+from romancy.storage.failures import is_conflict
 from romancy.storage.rows import ClaimedRow, HistoryRow, StateRow
 from romancy.storage.writer import Recorder, Writer
 
@@ -48,6 +49,9 @@ RETRY = HistoryKind.ACTIVITY_RETRY_SCHEDULED.value
 TIMER_EXPIRED = HistoryKind.TIMER_EXPIRED.value
 RUNNING = Status.RUNNING.value
 WAITING_FOR_TIMER = Status.WAITING_FOR_TIMER.value
+
+LATEST_US = 253_402_300_799_000_000
+"""The last second of the year 9999, beyond which Python has no dates: later deadlines are taken for this one."""
 
 
 class InstanceHost(Protocol):
@@ -104,6 +108,7 @@ class LiveInstance(Recorder):
         "_host",
         "_is_asked",
         "_is_gated",
+        "_is_in_code",
         "_is_waiting_for_commit",
         "_loop",
         "_main",
@@ -147,6 +152,7 @@ class LiveInstance(Recorder):
         self._blocked: list[tuple[int, ActivityOperation]] = []
         self._is_waiting_for_commit = False
         self._is_gated = False
+        self._is_in_code = False
         self._gate_queue: deque[Callable[[], None]] | None = None
         self._gate_waiters: list[asyncio.Future[None]] | None = None
         self._recorded_status = row.status
@@ -206,6 +212,7 @@ class LiveInstance(Recorder):
             raise GeneratorExit
         self._position += 1
         place = self._place(3) if self.is_replaying else None
+        deadline_us = min(deadline_us, LATEST_US)
         operation = TimerOperation(self._next_id("timer"), self._position, place, deadline_us)
         operation.callback = TimerCallback(self, deadline_us, callback, operation)
         self._open_timers[operation.id] = operation
@@ -271,6 +278,7 @@ class LiveInstance(Recorder):
 
     def _advance(self) -> None:
         """Run the code as far as it goes, then start what it asked for."""
+        self._is_in_code = True
         try:
             self._loop.run_ready()
         except ForbiddenInWorkflowError as error:
@@ -278,6 +286,8 @@ class LiveInstance(Recorder):
             return
         except SystemExit:
             logger.warning("workflow %s called sys.exit(); taken as a failure", self.workflow_name)
+        finally:
+            self._is_in_code = False
         if self._main.done():
             if not self.is_replaying:
                 self._end()
@@ -331,6 +341,8 @@ class LiveInstance(Recorder):
         if self._blocked:
             self._is_waiting_for_commit = True
             self._host.writer.when_durable(self._blocked[0][0], self._on_commit)
+        else:
+            self._settle()
 
     def _run_activity(self, operation: ActivityOperation) -> None:
         self.running_count += 1
@@ -338,6 +350,8 @@ class LiveInstance(Recorder):
 
     def _settle(self) -> None:
         """Note in the database, and with the worker, whether only time is waited for."""
+        if self._is_in_code:
+            return  # the code has not come to rest; _start_asked settles when it has
         is_waiting = not (self.running_count or self._blocked or self._is_gated)
         if is_waiting and not self._open_timers and not self._open_activities:
             self.park(
@@ -526,6 +540,8 @@ class LiveInstance(Recorder):
         for waiter in waiters or ():
             if not waiter.done():
                 waiter.set_result(None)
+        if not self.is_gone and not self._is_gated:
+            self._settle()
 
     def _after_gate(self, action: Callable[[], None]) -> None:
         if self._gate_queue is None:
@@ -562,7 +578,7 @@ class LiveInstance(Recorder):
             place = f"{self.workflow.place}"
             self.park(NonDeterminismError(self.instance_id, expectation(event), "the end of the workflow", place))
             return False
-        mismatch = compare(event, self._request(operation), (self._request(other) for other in self._open()))
+        mismatch = compare(event, self._request(operation), lambda: map(self._request, self._open()))
         if mismatch is not None:
             at = self._find_place(mismatch.request.operation_id) if mismatch.request else None
             place = str(at) if at else self.workflow.place
@@ -698,7 +714,12 @@ class LiveInstance(Recorder):
             self._leave_memory()
 
     def on_refused(self, error: DatabaseError) -> None:
-        """Somebody else wrote this history: leave it to them."""
+        """Somebody else wrote this history: leave it to them. What the database can't hold parks the instance."""
+        if self.is_gone:
+            return
+        if not is_conflict(error):
+            self.park(error)
+            return
         logger.warning("instance %s belongs to another worker now; dropped here: %s", self.instance_id, error)
         self.drop()
 

@@ -26,6 +26,9 @@ logger = logging.getLogger("romancy.workflow")
 MAX_CALLBACKS_PER_STEP = 1_000_000
 """After so many callbacks without waiting for anything recorded, the code is taken to be in an endless loop."""
 
+LATEST_S = 1e12
+"""Beyond all dates: an endless timeout is one until then."""
+
 ORDER_BITS = 12
 """Low bits of a task's hash; sets of fewer tasks are walked in the order in which these were made."""
 
@@ -248,7 +251,16 @@ class WorkflowLoop(_RefusingLoop):
             while ready:
                 callback = ready.popleft()
                 if callback.callback is not None:
-                    callback.context.run(callback.callback, *callback.args)
+                    try:
+                        callback.context.run(callback.callback, *callback.args)
+                    except SystemExit:
+                        logger.warning("workflow code called sys.exit() in a task; taken as its failure")
+                    except KeyboardInterrupt:
+                        raise
+                    except BaseException as error:
+                        self.call_exception_handler(
+                            {"message": f"a callback raised: {callback.callback!r}", "exception": error}
+                        )
                 budget -= 1
                 if budget == 0:
                     ready.clear()
@@ -305,13 +317,14 @@ class WorkflowLoop(_RefusingLoop):
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> Any:
         host = self.workflow_host
-        deadline_us = host.workflow_time_us() + max(0, round(delay * 1_000_000))
+        deadline_us = host.workflow_time_us() + max(0, round(min(delay, LATEST_S) * 1_000_000))
         return host.add_timer(deadline_us, ReadyCallback(callback, args, context))
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> Any:
-        return self.workflow_host.add_timer(round(when * 1_000_000), ReadyCallback(callback, args, context))
+        deadline_us = round(min(when, LATEST_S) * 1_000_000)
+        return self.workflow_host.add_timer(deadline_us, ReadyCallback(callback, args, context))
 
     def time(self) -> float:
         return self.workflow_host.workflow_time_us() / 1_000_000

@@ -45,17 +45,17 @@ class Mismatch:
     request: Request | None
 
 
-def compare(event: HistoryRow, request: Request | None, others: Iterable[Request]) -> Mismatch | None:
+def compare(event: HistoryRow, request: Request | None, others: Callable[[], Iterable[Request]]) -> Mismatch | None:
     """Whether the event answers the request of the same id.
 
     Args:
         event: what history records next.
         request: the code's request with the event's operation id, if there is one.
-        others: the code's open requests, for the message.
+        others: gives the code's open requests, for the message.
     """
     expected = expectation(event)
     if request is None:
-        first = min(others, key=lambda other: other.position, default=None)
+        first = min(others(), key=lambda other: other.position, default=None)
         found = "no request at all" if first is None else _describe(first)
         return Mismatch(expected, found, first)
     is_timer = event.kind in TIMER_EVENTS

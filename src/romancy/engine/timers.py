@@ -8,19 +8,24 @@ from itertools import count
 
 from romancy.clock import Cancellable, Clock
 
+MOST_CANCELLED = 100
+
 
 class Deadline:
     """A callback that is due at a time; may be cancelled."""
 
-    __slots__ = ("at_us", "callback")
+    __slots__ = ("_queue", "at_us", "callback")
 
-    def __init__(self, at_us: int, callback: Callable[[], None]) -> None:
+    def __init__(self, at_us: int, callback: Callable[[], None], queue: TimerQueue) -> None:
         self.at_us = at_us
         self.callback: Callable[[], None] | None = callback
+        self._queue = queue
 
     def cancel(self) -> None:
         """Never call back."""
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._queue.on_cancelled()
 
 
 class TimerQueue:
@@ -33,14 +38,23 @@ class TimerQueue:
         self._wakeup: Cancellable | None = None
         self._wakeup_at_us = 0
         self._is_firing = False
+        self._cancelled_count = 0
 
     def add(self, at_us: int, callback: Callable[[], None]) -> Deadline:
         """Call back once that time has come."""
-        deadline = Deadline(at_us, callback)
+        deadline = Deadline(at_us, callback, self)
         heapq.heappush(self._heap, (at_us, next(self._order), deadline))
         if not self._is_firing:
             self._arm()
         return deadline
+
+    def on_cancelled(self) -> None:
+        """A deadline of this queue was cancelled; forget such ones once they are most."""
+        self._cancelled_count += 1
+        if self._cancelled_count > MOST_CANCELLED and 2 * self._cancelled_count > len(self._heap):
+            self._heap[:] = [entry for entry in self._heap if entry[2].callback is not None]
+            heapq.heapify(self._heap)
+            self._cancelled_count = 0
 
     def close(self) -> None:
         """Forget all deadlines."""
