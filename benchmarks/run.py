@@ -32,12 +32,13 @@ BUILD = HERE.parent / "build"
 RESULTS = HERE / "results"
 JOB_TIMEOUT_S = 1_200
 FLUSHES = 200
+WIDTH_IN_A_FILE = 180
 MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 
 
 def main() -> None:
     args = parse_args()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_IN_A_FILE)
     args.dir.mkdir(parents=True, exist_ok=True)
     refuse_memory(args.dir)
     peers_python = None if args.no_peers else args.peers_python or sync_peers(console)
