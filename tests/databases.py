@@ -59,18 +59,6 @@ def execute(database: Database, sql: str, *parameters: Any) -> None:
         connection.commit()
 
 
-SERIAL = {
-    "sqlite": "INTEGER PRIMARY KEY",
-    "postgresql": "SERIAL PRIMARY KEY",
-    "mysql": "INT AUTO_INCREMENT PRIMARY KEY",
-}
-
-
-def create_ledger(database: Database) -> None:
-    """A table of the user's own: tokens in the order in which they were written; nothing keeps out doubles."""
-    execute(database, f"CREATE TABLE ledger (id {SERIAL[kind_of(database)]}, token VARCHAR(200) NOT NULL)")
-
-
 def connect(database: Database) -> Any:
     """A connection of the plain driver."""
     if isinstance(database, Path):

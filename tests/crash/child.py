@@ -13,15 +13,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import text
-
 from romancy import App, RetryPolicy, WorkflowContext, activity, current_activity, workflow
 from romancy.storage.address import parse_address
 from romancy.storage.sessions import ActivityTransaction
 from romancy.storage.stores import make_store
 from tests.databases import Database
+from tests.ledger import INSERT
 
-INSERT = text("INSERT INTO ledger (token) VALUES (:token)")
 tokens_file = Path()
 commits = 0
 

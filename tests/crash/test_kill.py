@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.crash.fork import in_child
-from tests.databases import Database, create_ledger, rows
+from tests.databases import Database, rows
+from tests.ledger import create_ledger
 
 # Each child is forked from a process that has imported everything, and done nothing else.
 FRESH = multiprocessing.get_context("forkserver")

@@ -9,8 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from romancy import (
     App,
@@ -29,20 +27,9 @@ from romancy.engine import worker as worker_module
 from romancy.engine.timers import MOST_CANCELLED, TimerQueue
 from romancy.storage.store import Store
 from romancy.testing import VirtualClock
-from tests.databases import Database, create_ledger, rows
+from tests.databases import Database, rows
+from tests.ledger import INSERT, Entry, create_ledger
 from tests.support import RESULT_TIMEOUT_S, crash, until_live, until_quiet
-
-INSERT = text("INSERT INTO ledger (token) VALUES (:token)")
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Entry(Base):
-    __tablename__ = "ledger"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    token: Mapped[str]
 
 
 async def test_starts_of_one_id_in_one_batch_make_one_instance(database: Database) -> None:

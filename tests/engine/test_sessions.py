@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from romancy import (
     App,
@@ -23,20 +22,9 @@ from romancy import (
 )
 from romancy.storage.sessions import ActivityTransaction
 from romancy.testing import VirtualClock
-from tests.databases import Database, create_ledger, execute, rows
+from tests.databases import Database, execute, rows
+from tests.ledger import INSERT, Entry, create_ledger
 from tests.support import RESULT_TIMEOUT_S, crash
-
-INSERT = text("INSERT INTO ledger (token) VALUES (:token)")
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Entry(Base):
-    __tablename__ = "ledger"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    token: Mapped[str]
 
 
 @pytest.fixture

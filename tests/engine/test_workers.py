@@ -499,3 +499,17 @@ async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(
 async def test_app_without_any_workflow_starts(database: Database) -> None:
     async with App(database, workflows=[]) as app:
         assert (await app.list_instances()).instances == ()
+
+
+async def test_start_by_another_process_is_noticed_soon(database: Database) -> None:
+    @workflow
+    async def flow(ctx: WorkflowContext, n: int) -> int:
+        return n
+
+    async with App(database) as app, App(database, worker=False) as client:
+        # The worker has just written, and is idle: its next scan is seconds away.
+        assert await (await app.start_workflow(flow, 0)).result(RESULT_TIMEOUT_S) == 0
+        began = time.monotonic()
+        for n in range(1, 4):
+            assert await (await client.start_workflow(flow, n)).result(RESULT_TIMEOUT_S) == n
+        assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S / 2

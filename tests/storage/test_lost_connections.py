@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import make_url
 
 from romancy import App, RetryPolicy, Workflow, WorkflowContext, activity, current_activity, workflow
-from tests.databases import Database, clean, create_ledger, execute, kind_of, rows
+from tests.databases import Database, clean, execute, kind_of, rows
+from tests.ledger import INSERT, create_ledger
 from tests.proxy import Proxy, When
 from tests.support import RESULT_TIMEOUT_S
 
-INSERT = text("INSERT INTO ledger (token) VALUES (:token)")
 PORTS = {"postgresql": 5432, "mysql": 3306}
 REQUESTS = 24
 """More than one run of the workflow sends."""

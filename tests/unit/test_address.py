@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from romancy.errors import DatabaseURLError
-from romancy.storage.address import parse_address
+from romancy.storage.address import ServerAddress, SqliteAddress, parse_address
 
 
 @pytest.mark.parametrize("database", [":memory:", "sqlite:///:memory:"])
 def test_memory(database: str) -> None:
     address = parse_address(database)
+    assert isinstance(address, SqliteAddress)
     assert address.is_memory
     assert str(address) == ":memory:"
 
@@ -41,6 +42,7 @@ def test_file(database: Any, path: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     address = parse_address(database)
+    assert isinstance(address, SqliteAddress)
     assert not address.is_memory
     assert address.path == path.format(here=tmp_path, home="/home/somebody")
     assert str(address) == address.path
@@ -73,3 +75,34 @@ def test_folder_is_refused_with_an_example(tmp_path: Path) -> None:
     for database in (tmp_path, str(tmp_path), f"sqlite:///{tmp_path}"):
         with pytest.raises(DatabaseURLError, match=r"is a folder: name a file in it, such as .*romancy\.db"):
             parse_address(database)
+
+
+@pytest.mark.parametrize(
+    ("database", "kind", "shown"),
+    [
+        ("postgresql://ann:secret@db.example/shop", "postgresql", "postgresql://ann:***@db.example/shop"),
+        ("postgres://db.example:5433/shop", "postgresql", "postgresql://db.example:5433/shop"),
+        ("POSTGRESQL://db.example/shop?sslmode=require", "postgresql", "postgresql://db.example/shop?sslmode=require"),
+        ("mysql://root@127.0.0.1/shop", "mysql", "mysql://root@127.0.0.1/shop"),
+        ("mariadb://root:p%40ss@127.0.0.1:3307/shop", "mysql", "mysql://root:***@127.0.0.1:3307/shop"),
+    ],
+)
+def test_server(database: str, kind: str, shown: str) -> None:
+    address = parse_address(database)
+    assert isinstance(address, ServerAddress)
+    assert (address.kind, str(address)) == (kind, shown)
+
+
+@pytest.mark.parametrize(
+    ("database", "says"),
+    [
+        ("postgresql://ann:secret@db.example", "names no database"),
+        ("postgresql+asyncpg://ann:secret@db.example/shop", "brings its own"),
+        ("mysql://ann:secret@db.example:port/shop", "can't be understood"),
+    ],
+)
+def test_refused_server_is_named_without_its_password(database: str, says: str) -> None:
+    with pytest.raises(DatabaseURLError, match=says) as caught:
+        parse_address(database)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None

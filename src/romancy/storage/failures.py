@@ -81,7 +81,7 @@ _MYSQL: dict[int, Cure] = {
 }
 """By error number; https://mariadb.com/kb/en/mariadb-error-code-reference/."""
 
-_MYSQL_LOST = {1053, 1077, 1078, 1079, 1080, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031}
+_MYSQL_LOST = {1053, 1077, 1078, 1079, 1080, 1152, 1158, 1159, 1160, 1161, 1184, 1927, 4031}
 _MYSQL_ROW = {1048, 1062, 1153, 1264, 1265, 1292, 1366, 1406, 1690, 3819, 4025, 3988}
 _UNREACHABLE = (
     DatabaseUnavailableError,
@@ -113,11 +113,11 @@ def _cure(origin: BaseException) -> Cure | None:
         return _SQLITE.get(code & 0xFF)
     if is_lost(origin):
         return _UNREACHABLE
-    state = getattr(origin, "sqlstate", None)
-    if state is not None:
-        return _POSTGRESQL.get(state)
     number = _mysql_number(origin)
-    return None if number is None else _MYSQL.get(number)
+    if number is not None:
+        return _MYSQL.get(number)
+    state = getattr(origin, "sqlstate", None)
+    return None if state is None else _POSTGRESQL.get(state)
 
 
 def is_lost(error: BaseException) -> bool:
@@ -155,12 +155,12 @@ def is_driver_error(error: BaseException) -> bool:
 
 def is_row_error(error: BaseException) -> bool:
     """Whether one row is at fault (a unique key, a value that can't be bound), so that others may go on."""
-    state = getattr(error, "sqlstate", None)
-    if state is not None:
-        return bool(state[:2] in ("22", "23", "54"))
     number = _mysql_number(error)
     if number is not None:
         return number in _MYSQL_ROW
+    state = getattr(error, "sqlstate", None)
+    if state is not None:
+        return bool(state[:2] in ("22", "23", "54"))
     if type(error).__module__.partition(".")[0] == "psycopg":
         return type(error).__name__ == "DataError"  # raised before anything was sent
     return isinstance(

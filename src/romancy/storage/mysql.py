@@ -37,6 +37,7 @@ MIGRATION_LOCK = "romancy-migration"
 MIGRATION_WAIT_S = 60
 SLEEP = "SELECT /* romancy listens */ SLEEP"
 LISTEN_SLICE_S = 20
+INTERRUPTED = 1317
 READ_TIMEOUT_S = 30
 
 
@@ -170,7 +171,12 @@ class MysqlStore(ServerStore):
 
     def _wait_for_hint(self, link: Link) -> bool:
         # Neither server has a call that waits for news; but whoever sleeps can be woken, see _hint.
-        return bool(link.execute(f"{SLEEP}({LISTEN_SLICE_S})").fetchone()[0])
+        try:
+            return bool(link.execute(f"{SLEEP}({LISTEN_SLICE_S})").fetchone()[0])
+        except pymysql.err.OperationalError as error:
+            if error.args[0] == INTERRUPTED:
+                return True
+            raise
 
     def _hint(self, link: Link) -> None:
         sleepers = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND info LIKE %s"
