@@ -12,6 +12,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from romancy.clock import Clock, SystemClock
 from romancy.context import CURRENT_ACTIVITY
 from romancy.definitions import DEFAULT_CATALOGUE, Catalogue, Workflow
@@ -24,7 +26,6 @@ from romancy.errors import (
     InstanceConflictError,
     InstanceStateError,
     ResultTimeoutError,
-    SerializationError,
     SessionError,
     UnknownWorkflowError,
 )
@@ -34,8 +35,10 @@ from romancy.model import HistoryEvent, Instance, InstancePage, Status
 from romancy.outcomes import Outcome, Outcomes
 from romancy.retry import RetryPolicy, Seconds, as_seconds
 from romancy.serde import check_size
+from romancy.starting import check_same, checked_id, pending_row
 from romancy.storage.address import parse_address
 from romancy.storage.filters import JsonScalar
+from romancy.storage.joining import after_commit, insert_start
 from romancy.storage.queries import Queries
 from romancy.storage.rows import StartRow, StateRow
 from romancy.storage.sessions import SessionEngines
@@ -291,33 +294,56 @@ class App:
     # -- starting ----------------------------------------------------------------------------------
 
     @overload
-    async def start_workflow(self, workflow: Workflow[[], R], /, *, id: str | None = None) -> WorkflowHandle[R]: ...
-    @overload
     async def start_workflow(
-        self, workflow: Workflow[[A], R], input: A, /, *, id: str | None = None
+        self, workflow: Workflow[[], R], /, *, id: str | None = None, session: AsyncSession | None = None
     ) -> WorkflowHandle[R]: ...
     @overload
     async def start_workflow(
-        self, workflow: Workflow[[A, B], R], first: A, second: B, /, *, id: str | None = None
+        self, workflow: Workflow[[A], R], input: A, /, *, id: str | None = None, session: AsyncSession | None = None
     ) -> WorkflowHandle[R]: ...
     @overload
     async def start_workflow(
-        self, workflow: Workflow[..., R], /, *args: Any, id: str | None = None, **kwargs: Any
+        self,
+        workflow: Workflow[[A, B], R],
+        first: A,
+        second: B,
+        /,
+        *,
+        id: str | None = None,
+        session: AsyncSession | None = None,
     ) -> WorkflowHandle[R]: ...
     @overload
     async def start_workflow(
-        self, workflow: str, /, *args: Any, id: str | None = None, **kwargs: Any
+        self,
+        workflow: Workflow[..., R],
+        /,
+        *args: Any,
+        id: str | None = None,
+        session: AsyncSession | None = None,
+        **kwargs: Any,
+    ) -> WorkflowHandle[R]: ...
+    @overload
+    async def start_workflow(
+        self, workflow: str, /, *args: Any, id: str | None = None, session: AsyncSession | None = None, **kwargs: Any
     ) -> WorkflowHandle[Any]: ...
     async def start_workflow(
-        self, workflow: Workflow[..., Any] | str, /, *args: Any, id: str | None = None, **kwargs: Any
+        self,
+        workflow: Workflow[..., Any] | str,
+        /,
+        *args: Any,
+        id: str | None = None,
+        session: AsyncSession | None = None,
+        **kwargs: Any,
     ) -> WorkflowHandle[Any]:
-        """Start an instance. It is durable when this returns.
+        """Start an instance. It is durable when this returns; or, with a session, once its transaction is committed.
 
         Args:
             workflow: the definition, or its name.
             args: its input.
             id: the instance id, up to 200 characters; by default a UUID of version 7. Starting the same workflow
                 with the same input and id again returns a handle of the existing instance.
+            session: a session on the same database, whose transaction the start becomes part of: the instance begins
+                after its commit, and does not exist after its rollback. In an activity, ``current_activity().session``.
             kwargs: its input, by parameter name.
 
         Raises:
@@ -331,9 +357,12 @@ class App:
         given = definition.signature.encode_input(args, kwargs)
         text = given.text
         check_size(f"the input of workflow {definition.name!r}", [text], self.max_payload_bytes)
-        _check_no_open_transaction("start a workflow")
-        instance_id = self._ids.new_id() if id is None else _checked_id(id)
+        instance_id = self._ids.new_id() if id is None else checked_id(id)
         now = self._clock.now_us()
+        if session is not None:
+            await self._start_in(session, definition, instance_id, text, now)
+            return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
+        _check_no_open_transaction("start a workflow")
         worker = self._worker
         if worker is not None and worker.reserve_room():
             row = StartRow(
@@ -342,14 +371,25 @@ class App:
             )  # fmt: skip
             is_new = await worker.writer.start(row, id is not None, partial(worker.on_start_settled, row, given))
         else:
-            row = StartRow(
-                instance_id, 1, definition.name, Status.PENDING.value, None, 0, 0, now, None, now,
-                definition.source_hash, text,
-            )  # fmt: skip
+            row = pending_row(instance_id, definition, text, now)
             is_new = await self._writer.start(row, id is not None, self._on_pending_settled)
         if not is_new:
             await self._check_same_start(instance_id, definition, text)
         return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
+
+    async def _start_in(
+        self, session: AsyncSession, definition: Workflow[..., Any], instance_id: str, text: str, now: int
+    ) -> None:
+        if not isinstance(session, AsyncSession):
+            raise ConfigurationError(f"session={session!r}: give an AsyncSession of SQLAlchemy on the app's database")
+        found = await insert_start(session, pending_row(instance_id, definition, text, now))
+        if found is not None:
+            check_same(instance_id, definition, text, found)
+        after_commit(session, self._on_joined_start)
+
+    def _on_joined_start(self) -> None:
+        self._hint_worker()
+        self._store.tell_others()
 
     def _on_pending_settled(self, is_new: bool) -> None:
         if is_new:
@@ -384,16 +424,7 @@ class App:
         found = await asyncio.wrap_future(self._store.read_start(instance_id))
         if found is None:
             raise InstanceConflictError(f"instance {instance_id!r} was there a moment ago and is gone; start it again")
-        name, stored = found
-        if name != definition.name:
-            raise InstanceConflictError(
-                f"instance {instance_id!r} is of workflow {name!r}, not {definition.name!r}: choose another id"
-            )
-        if not _same_input(definition, stored, text):
-            raise InstanceConflictError(
-                f"instance {instance_id!r} was started with another input: choose another id, or take "
-                f"app.get_handle({instance_id!r}) for the one that runs"
-            )
+        check_same(instance_id, definition, text, found)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -611,23 +642,6 @@ def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{name}={value!r}: give a whole number of at least 1")
     return value
-
-
-def _checked_id(instance_id: str) -> str:
-    if not isinstance(instance_id, str) or not 1 <= len(instance_id) <= 200:
-        raise ConfigurationError(f"id={instance_id!r}: give a text of 1 to 200 characters")
-    if any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in instance_id):
-        raise ConfigurationError(f"id={instance_id!r} holds a control character: leave it out")
-    return instance_id
-
-
-def _same_input(definition: Workflow[..., Any], stored: str, text: str) -> bool:
-    if stored == text:
-        return True
-    try:
-        return definition.signature.decode_input(stored) == definition.signature.decode_input(text)
-    except SerializationError:
-        return False
 
 
 def _check_no_open_transaction(what: str) -> None:

@@ -372,7 +372,8 @@ class ActivityRunner:
         finally:
             # Workflow code must not run inside this task's step.
             done = self._loop.create_future()
-            self._loop.call_soon(self._after_commit, instance, operation, is_committed, value, done)
+            callbacks = transaction.after_commit if is_committed else []
+            self._loop.call_soon(self._after_commit, instance, operation, is_committed, value, callbacks, done)
         await done
 
     async def _flush(self, transaction: ActivityTransaction, *, is_async: bool) -> None:
@@ -401,8 +402,11 @@ class ActivityRunner:
         operation: ActivityOperation,
         is_committed: bool,
         value: Any,
+        callbacks: list[Callable[[], None]],
         done: asyncio.Future[None],
     ) -> None:
+        for callback in callbacks:
+            callback()
         instance.settle_reserved(operation, is_committed=is_committed, value=value)
         if not done.done():
             done.set_result(None)

@@ -7,6 +7,7 @@ the recorded outcome and the check of the worker's fence; it commits once, or no
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -54,6 +55,7 @@ class ActivityTransaction:
     Not safe for several tasks or threads at a time, as sessions never are.
 
     Attributes:
+        after_commit: called back once the transaction is durable.
         failure: why the transaction could not begin, if so.
         is_over: it has ended, one way or the other.
     """
@@ -66,6 +68,7 @@ class ActivityTransaction:
         self._opened_at = 0.0
         self._is_committing = False
         self._is_committed = False
+        self.after_commit: list[Callable[[], None]] = []
         self.failure: DatabaseError | None = None
         self.is_over = False
 

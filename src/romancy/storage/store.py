@@ -516,6 +516,10 @@ class Store(ABC):
         """Wake those who listen."""
         del link
 
+    def tell_others(self) -> Future[None]:
+        """There is work that any worker may take, written by somebody else's transaction."""
+        return self._write(self._tell_others)
+
     def _tell_others(self, link: Link) -> None:
         """There is work that any worker may take. What is written is durable already: failing here costs seconds."""
         try:
