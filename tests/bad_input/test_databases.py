@@ -328,7 +328,7 @@ async def main():
         print(type(error).__module__, type(error).__name__, error)
     else:
         print("it worked")
-import sqlalchemy.dialects.sqlite, alembic, sqlite3
+import sqlalchemy.dialects.sqlite, alembic, sqlite3, romancy.storage.sqlite
 os.setgid(65534)
 os.setuid(65534)
 asyncio.run(main())
