@@ -147,7 +147,7 @@ async def test_shutdown_does_not_wait_for_a_thread_that_holds_a_session(
 
 
 async def test_no_activity_begins_during_shutdown(database: Database) -> None:
-    go, reached = asyncio.Event(), asyncio.Event()
+    go, release, reached = asyncio.Event(), asyncio.Event(), asyncio.Event()
     began: list[int] = []
 
     @activity
@@ -156,23 +156,34 @@ async def test_no_activity_begins_during_shutdown(database: Database) -> None:
         reached.set()
         await go.wait()
 
+    @activity
+    async def hold() -> None:
+        await release.wait()
+
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
+        held = asyncio.ensure_future(hold())
         for n in range(100):
             await step(n)
+        await held
 
     app = App(database, shutdown_grace=RESULT_TIMEOUT_S)
     await app.start()
     await app.start_workflow(flow)
     await reached.wait()
+    worker = app._worker
+    assert worker is not None
     stopping = asyncio.ensure_future(app.shutdown())
-    while app._worker is not None and not app._worker._runner._is_stopping:
+    while not worker._runner._is_stopping:
         await asyncio.sleep(0)
     go.set()
+    await until_quiet(app, lambda: (worker.writer.committed, len(began)))
+    assert worker._runner.running_count == 1
+    release.set()
     await stopping
     assert began == [0]
     assert rows(database, "SELECT status, owner FROM romancy_instances") == [("pending", None)]
-    assert rows(database, "SELECT count(*) FROM romancy_history") == [(1,)]
+    assert rows(database, "SELECT count(*) FROM romancy_history") == [(2,)]
 
 
 async def test_timeout_of_an_activity_that_waits_for_a_place(database: Database) -> None:

@@ -91,8 +91,8 @@ async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(da
 
 
 async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_before(
-    database: Database,
-, monkeypatch: pytest.MonkeyPatch) -> None:
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker_module, "SCAN_INTERVAL_S", 0.5)
     held = Held()
     app = App(database)
