@@ -38,15 +38,6 @@ class Party:
         self.history: list[HistoryRow] = NO_ROWS
         self.state: StateRow | None = None
 
-    @property
-    def makes_work(self) -> bool:
-        """Whether it leaves an instance that any worker may claim at once."""
-        return (
-            any(row.owner is None for row in self.starts)
-            or any(row.owner is None for row in self.keyed_starts)
-            or (self.state is not None and self.state.ready_at == 0)
-        )
-
 
 class Batch:
     """Everything that waits for one commit, by party, in order of arrival.
@@ -56,10 +47,11 @@ class Batch:
         waiting: parties that are not durable yet; shrinks while the batch is written.
         inserted: ids of keyed starts that were new; the others existed already.
         refused: parties that a constraint refused, each with the error.
+        makes_work: it leaves an instance that any worker may claim at once.
         is_unsure: a connection was lost while the batch was written, so that part of it may be durable.
     """
 
-    __slots__ = ("inserted", "is_unsure", "number", "refused", "row_count", "waiting")
+    __slots__ = ("inserted", "is_unsure", "makes_work", "number", "refused", "row_count", "waiting")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -67,6 +59,7 @@ class Batch:
         self.row_count = 0
         self.inserted: set[str] = set()
         self.refused: list[tuple[Party, DatabaseError]] = []
+        self.makes_work = False
         self.is_unsure = False
 
 

@@ -174,10 +174,9 @@ class Store(ABC):
                 raise
             if batch.is_unsure:
                 self._acquit(link, batch)
-            if is_work_for_others:
+            if batch.makes_work:
                 self._tell_others(link)
 
-        is_work_for_others = any(party.makes_work for party in batch.waiting)
         return self._write(job)
 
     def _write_parties(

@@ -148,6 +148,8 @@ class Writer:
                 party.history = [event]
         if state is not None:
             party.state = state
+            if state.ready_at == 0:
+                batch.makes_work = True
         batch.row_count += 1
         self._schedule()
         return batch.number
@@ -183,6 +185,7 @@ class Writer:
         else:
             party.starts = [row]
         self._open.waiting.append(party)
+        self._open.makes_work = self._open.makes_work or row.owner is None
         self._open.row_count += 1
         self._starts.append(start)
         self._schedule()
