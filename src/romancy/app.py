@@ -138,6 +138,7 @@ class App:
         self._worker: Worker | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
+        self._poller_rests = True
         self._store: Store
         self._engines: SessionEngines
         self._queries: Queries
@@ -589,7 +590,8 @@ class App:
         """See :class:`romancy.handle.HandleHost`."""
         self._check_running()
         _check_no_open_transaction("wait for a result")
-        if self._worker is None or not self._worker.is_live(outcome.instance_id):
+        # What is live here may yet end elsewhere: after its eviction, or the loss of the lease.
+        if self._poller_rests or self._worker is None or not self._worker.is_live(outcome.instance_id):
             self._poll_wanted.set()
         if timeout is None:
             return await outcome.wait()
@@ -607,9 +609,9 @@ class App:
         """Look for the ends of instances that run elsewhere, or ended before somebody asked."""
         wait_s = OUTCOME_POLL_S
         while self._process_id is not None:
-            has_waiters = bool(self._outcomes.awaited())
+            self._poller_rests = not self._outcomes.awaited()
             try:
-                async with asyncio.timeout(wait_s if has_waiters else None):
+                async with asyncio.timeout(None if self._poller_rests else wait_s):
                     await self._poll_wanted.wait()
             except TimeoutError:
                 # What has just begun may soon end; what takes long is asked for rarely.
@@ -617,6 +619,7 @@ class App:
             else:
                 wait_s = SHORTEST_POLL_S
             self._poll_wanted.clear()
+            self._poller_rests = False
             worker = self._worker
             ids = [key for key in self._outcomes.awaited() if worker is None or not worker.is_live(key)]
             if not ids or self._process_id is None:

@@ -10,3 +10,10 @@ def in_child(*arguments: Any) -> None:
     from tests.crash import child
 
     child.main(*arguments)
+
+
+def as_zombie(*arguments: Any) -> None:
+    """Run what will be stopped."""
+    from tests.crash import zombie
+
+    zombie.main(*arguments)
