@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from romancy import App, Workflow, WorkflowContext, activity, current_activity, workflow
+from romancy.testing import isolated_catalogue
 from tests.databases import Database
 from tests.ledger import INSERT
 
@@ -36,12 +37,13 @@ def define(folder: Path) -> Workflow[..., Any]:
 
 def main(database: Database, folder: Path, outcome: Connection) -> None:
     """Start the workflow and wait for its result, whoever brings it."""
-    flow = define(folder)
 
     async def run() -> str:
-        async with App(database, lease_ttl=LEASE_S) as app:
+        flow = define(folder)
+        async with App(database, workflows=[flow], lease_ttl=LEASE_S) as app:
             handle = await app.start_workflow(flow, id="it")
             result: str = await handle.result(30)
             return result
 
-    outcome.send(asyncio.run(run()))
+    with isolated_catalogue():
+        outcome.send(asyncio.run(run()))
