@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from romancy import App, Workflow, WorkflowContext, activity, current_activity, workflow
-from romancy.testing import isolated_catalogue
 from tests.databases import Database
 from tests.ledger import INSERT
 
@@ -19,7 +18,7 @@ LEASE_S = 0.5
 def define(folder: Path) -> Workflow[..., Any]:
     """The workflow; ``reached`` appears in the folder when its activity runs, which then waits for ``go``."""
 
-    @activity(name="book")
+    @activity(name="patient_book")
     async def book() -> str:
         (folder / "reached").touch()
         while not (folder / "go").exists():
@@ -28,7 +27,7 @@ def define(folder: Path) -> Workflow[..., Any]:
         await current_activity().session.execute(INSERT, {"token": token})
         return token
 
-    @workflow(name="flow")
+    @workflow(name="patient_flow")
     async def flow(ctx: WorkflowContext) -> str:
         return await book()
 
@@ -37,13 +36,12 @@ def define(folder: Path) -> Workflow[..., Any]:
 
 def main(database: Database, folder: Path, outcome: Connection) -> None:
     """Start the workflow and wait for its result, whoever brings it."""
+    flow = define(folder)
 
     async def run() -> str:
-        flow = define(folder)
         async with App(database, workflows=[flow], lease_ttl=LEASE_S) as app:
             handle = await app.start_workflow(flow, id="it")
             result: str = await handle.result(30)
             return result
 
-    with isolated_catalogue():
-        outcome.send(asyncio.run(run()))
+    outcome.send(asyncio.run(run()))
