@@ -27,7 +27,7 @@ from romancy.engine import worker as worker_module
 from romancy.engine.timers import MOST_CANCELLED, TimerQueue
 from romancy.storage.store import Store
 from romancy.testing import VirtualClock
-from tests.databases import Database, rows
+from tests.databases import Database, execute, rows
 from tests.ledger import INSERT, Entry, create_ledger
 from tests.support import RESULT_TIMEOUT_S, crash, until_live, until_quiet
 
@@ -415,6 +415,54 @@ async def test_only_the_engine_ends_the_transaction_of_an_activity(database: Dat
             with pytest.raises(WorkflowFailedError, match=words):
                 await (await app.start_workflow(flow, name)).result(RESULT_TIMEOUT_S)
     assert rows(database, "SELECT token FROM ledger") == []
+
+
+async def test_database_error_of_an_activitys_own_counts_as_its_failure(database: Database) -> None:
+    attempts: list[int] = []
+
+    @activity(retry=RetryPolicy.fixed(2, 0))
+    async def asks_another_database() -> None:
+        attempts.append(current_activity().attempt)
+        raise DatabaseReadOnlyError("somebody else's database")
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await asks_another_database()
+
+    async with App(database) as app:
+        with pytest.raises(WorkflowFailedError, match="somebody else's database"):
+            await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+    assert attempts == [1, 2]
+
+
+async def test_event_that_somebody_else_has_recorded_ends_the_transaction_and_the_instance_here(
+    database: Database, romancy_log: pytest.LogCaptureFixture
+) -> None:
+    create_ledger(database)
+    attempts: list[int] = []
+
+    @activity
+    async def book() -> None:
+        attempts.append(current_activity().attempt)
+        execute(
+            database,
+            "INSERT INTO romancy_history (instance_id, run, seq, kind, attempt, at) VALUES ('it', 1, 1, 'x', 1, 0)",
+        )
+        await current_activity().session.execute(INSERT, {"token": "doubled"})
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await book()
+
+    async with App(database) as app:
+        await app.start_workflow(flow, id="it")
+        async with asyncio.timeout(RESULT_TIMEOUT_S):
+            while app._worker is None or app._worker.is_live("it"):
+                await asyncio.sleep(0)
+        await until_quiet(app, lambda: len(attempts))
+    assert attempts == [1]
+    assert rows(database, "SELECT token FROM ledger") == []
+    assert "belongs to another worker now" in romancy_log.text
 
 
 async def test_cancelled_deadlines_are_forgotten() -> None:
