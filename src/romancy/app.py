@@ -566,7 +566,7 @@ class App:
             raise not_found(instance_id)
         return events
 
-    # -- steering ----------------------------------------------------------------------------------
+    # -- changing ----------------------------------------------------------------------------------
 
     async def resume(self, instance_id: str) -> None:
         """Let a suspended instance go on, from its history, with the code as it is now.
