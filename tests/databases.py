@@ -100,7 +100,7 @@ def clean(database: str) -> None:
         cursor = connection.cursor()
         cursor.execute(f"SELECT table_name FROM information_schema.tables WHERE table_schema = {schema}")
         for (name,) in cursor.fetchall():
-            if name == "romancy_schema_version":
+            if name in ("romancy_schema_version", "romancy_slots"):
                 continue
             cursor.execute(f"DELETE FROM {name}" if name.startswith("romancy_") else f"DROP TABLE {name}")
         connection.commit()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from romancy import App
+from romancy import App, Status
 from romancy.errors import DatabaseError
 from romancy.storage.batch import Batch
 from romancy.storage.store import Store
@@ -112,3 +112,13 @@ async def until_live(app: App, instance_id: str) -> None:
             if instance is not None and not instance.is_replaying:
                 return
             await asyncio.sleep(0)
+
+
+async def wait_for_status(app: App, instance_id: str, status: Status) -> None:
+    """Wait until the database says so."""
+    async with asyncio.timeout(RESULT_TIMEOUT_S):
+        while True:
+            instance = await app.get_instance(instance_id)
+            if instance is not None and instance.status is status:
+                return
+            await asyncio.sleep(0.002)

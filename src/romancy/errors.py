@@ -10,6 +10,10 @@ The tree::
     ├── TerminalError               raised by users: "do not retry this"
     ├── RetryExhaustedError         an activity failed for good
     ├── ActivityTimeoutError        one attempt took longer than its timeout (also a TimeoutError)
+    ├── EventTimeoutError           wait_event(timeout=…) ran out (also a TimeoutError)
+    ├── MessageTimeoutError         receive(timeout=…) ran out (also a TimeoutError)
+    ├── ChannelModeConflictError    one channel has one mode
+    ├── ChildWorkflowError          a child failed or was cancelled
     ├── NonDeterminismError         the code no longer fits the history
     ├── ForbiddenInWorkflowError    I/O, threads or endless loops in workflow code
     ├── NotInActivityError          current_activity() outside an activity
@@ -113,6 +117,36 @@ class RetryExhaustedError(RomancyError):
 
 class ActivityTimeoutError(RomancyError, TimeoutError):
     """One attempt of an activity ran longer than its ``timeout``."""
+
+
+class EventTimeoutError(RomancyError, TimeoutError):
+    """``wait_event(timeout=…)`` ran out; the event, should it still come, is kept for the next wait."""
+
+
+class MessageTimeoutError(RomancyError, TimeoutError):
+    """``receive(timeout=…)`` ran out; the message, should it still come, is kept for the next one."""
+
+
+class ChannelModeConflictError(RomancyError):
+    """A channel is used in another mode than the one that it has."""
+
+
+class ChildWorkflowError(RomancyError):
+    """A child workflow ended without a result; ``__cause__`` is what it raised.
+
+    Attributes:
+        instance_id: the child.
+        status: ``failed`` or ``cancelled``.
+    """
+
+    def __init__(self, instance_id: str, status: str, reason: str) -> None:
+        self.instance_id = instance_id
+        self.status = status
+        self.reason = reason
+        super().__init__(f"child workflow {instance_id} {status}: {reason}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.instance_id, self.status, self.reason)
 
 
 class NonDeterminismError(RomancyError):

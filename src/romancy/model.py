@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class Status(StrEnum):
@@ -29,6 +32,7 @@ class Status(StrEnum):
         return self in TERMINAL
 
 
+WAITING = (Status.WAITING_FOR_EVENT, Status.WAITING_FOR_TIMER, Status.WAITING_FOR_MESSAGE, Status.WAITING_FOR_CHILD)
 TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
@@ -39,6 +43,22 @@ class HistoryKind(StrEnum):
     ACTIVITY_FAILED = "ActivityFailed"
     ACTIVITY_RETRY_SCHEDULED = "ActivityRetryScheduled"
     TIMER_EXPIRED = "TimerExpired"
+    EVENT_RECEIVED = "EventReceived"
+    EVENT_TIMEOUT = "EventTimeout"
+    EVENT_SENT = "EventSent"
+    CHANNEL_SUBSCRIBED = "ChannelSubscribed"
+    CHANNEL_UNSUBSCRIBED = "ChannelUnsubscribed"
+    CHANNEL_REFUSED = "ChannelRefused"
+    CHANNEL_MESSAGE_SENT = "ChannelMessageSent"
+    CHANNEL_MESSAGE_RECEIVED = "ChannelMessageReceived"
+    MESSAGE_TIMEOUT = "MessageTimeout"
+    CHILD_STARTED = "ChildStarted"
+    CHILD_REFUSED = "ChildRefused"
+    CHILD_ENDED = "ChildEnded"
+    COMPENSATION_EXECUTED = "CompensationExecuted"
+    COMPENSATION_FAILED = "CompensationFailed"
+    CANCELLATION_REQUESTED = "CancellationRequested"
+    WORKFLOW_RECURRED = "WorkflowRecurred"
     WORKFLOW_FAILED = "WorkflowFailed"
     WORKFLOW_CANCELLED = "WorkflowCancelled"
 
@@ -129,6 +149,50 @@ class HistoryEvent:
     error: ErrorInfo | None
     at: datetime
     next_attempt_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event(Generic[T]):
+    """An event that a workflow has waited for, as CloudEvents 1.0 calls its parts.
+
+    Attributes:
+        type: what happened, for example ``"payment.completed"``.
+        source: who says so; with ``id`` it names the event.
+        id: unique within its source.
+        subject: the key that it was sent with, or ``None``.
+        time: when it happened, aware.
+        data: what it carries; as ``wait_event(type=…)`` says, else plain JSON values.
+        extensions: further attributes.
+    """
+
+    type: str
+    source: str
+    id: str
+    subject: str | None
+    time: datetime
+    data: T
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Message(Generic[T]):
+    """A message that a workflow has received from a channel.
+
+    Attributes:
+        id: unique.
+        channel: where it came from.
+        data: what it carries; as ``receive(type=…)`` says, else plain JSON values.
+        metadata: what the sender put beside it.
+        sender: the id of the instance that sent it, or ``None``: it came from outside.
+        sent_at: when, aware.
+    """
+
+    id: str
+    channel: str
+    data: T
+    metadata: Mapping[str, Any]
+    sender: str | None
+    sent_at: datetime
 
 
 def from_micros(value: int) -> datetime:

@@ -40,15 +40,15 @@ def test_resume_works_where_workflows_are_defined_too(run: Run, shop: Path) -> N
 
 
 def test_migrate_creates_then_has_nothing_to_do(run: Run, database: Path) -> None:
-    assert run("migrate", "--database", database).stdout == f"{database}: created the tables, version 0001\n"
-    assert run("migrate", "--database", database).stdout == f"{database}: already up to date, version 0001\n"
+    assert run("migrate", "--database", database).stdout == f"{database}: created the tables, version 0002\n"
+    assert run("migrate", "--database", database).stdout == f"{database}: already up to date, version 0002\n"
     assert run("list", "--database", database).exit_code == 0
 
 
 def test_migrate_as_json(run: Run, database: Path) -> None:
-    expected = {"database": str(database), "action": "created", "from_version": None, "to_version": "0001"}
+    expected = {"database": str(database), "action": "created", "from_version": None, "to_version": "0002"}
     assert json.loads(run("migrate", "--database", database, "--json").stdout) == expected
-    expected |= {"action": "none", "from_version": "0001"}
+    expected |= {"action": "none", "from_version": "0002"}
     assert json.loads(run("migrate", "--database", database, "--json").stdout) == expected
 
 

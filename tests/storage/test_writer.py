@@ -23,7 +23,7 @@ from romancy import (
 )
 from romancy.errors import FencedError
 from romancy.storage import writer as writer_module
-from romancy.storage.batch import Batch, Party, run_batch
+from romancy.storage.batch import Batch, Party, Written, run_batch
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.store import Store
 from romancy.storage.writer import Recorder, Writer
@@ -219,11 +219,11 @@ def test_bisection_finds_every_guilty_party_and_commits_all_others() -> None:
     guilty = {id(batch.waiting[n]) for n in (0, 5, 6, 12)}
     committed: list[int] = []
 
-    def commit(parties: list[Party]) -> set[str]:
+    def commit(parties: list[Party]) -> Written:
         if any(id(party) in guilty for party in parties):
             raise sqlite3.IntegrityError("UNIQUE")
         committed.extend(id(party) for party in parties)
-        return set()
+        return Written(set())
 
     everyone = {id(party) for party in batch.waiting}
     run_batch(batch, commit)
@@ -240,12 +240,12 @@ def test_bisection_that_fails_in_the_middle_goes_on_where_it_was() -> None:
     committed: list[Party] = []
     failures = iter([sqlite3.IntegrityError("UNIQUE"), None, sqlite3.OperationalError("locked"), None])
 
-    def commit(some: list[Party]) -> set[str]:
+    def commit(some: list[Party]) -> Written:
         failure = next(failures)
         if failure is not None:
             raise failure
         committed.extend(some)
-        return set()
+        return Written(set())
 
     with pytest.raises(sqlite3.OperationalError):
         run_batch(batch, commit)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from romancy.errors import DatabaseError
 from romancy.storage.failures import is_row_error
-from romancy.storage.rows import HistoryRow, StartRow, StateRow
+from romancy.storage.mail import Operation, Post
+from romancy.storage.rows import HistoryRow, PatchRow, RunRow, StartRow, StateRow
 
 
 class Member(Protocol):
@@ -27,9 +28,11 @@ class Party:
 
     Attributes:
         state: the latest; it says all that earlier ones said.
+        mail: what the member sends, waits for, and has received.
+        changes: what else changes of its instance.
     """
 
-    __slots__ = ("history", "keyed_starts", "member", "starts", "state")
+    __slots__ = ("changes", "history", "keyed_starts", "mail", "member", "starts", "state")
 
     def __init__(self, member: Member) -> None:
         self.member = member
@@ -37,6 +40,8 @@ class Party:
         self.keyed_starts: list[StartRow] = NO_ROWS
         self.history: list[HistoryRow] = NO_ROWS
         self.state: StateRow | None = None
+        self.mail: list[Operation] = NO_ROWS
+        self.changes: list[RunRow | PatchRow] = NO_ROWS
 
 
 class Batch:
@@ -49,9 +54,10 @@ class Batch:
         refused: parties that a constraint refused, each with the error.
         makes_work: it leaves an instance that any worker may claim at once.
         is_unsure: a connection was lost while the batch was written, so that part of it may be durable.
+        posts: what came of the mail in it.
     """
 
-    __slots__ = ("inserted", "is_unsure", "makes_work", "number", "refused", "row_count", "waiting")
+    __slots__ = ("inserted", "is_unsure", "makes_work", "number", "posts", "refused", "row_count", "waiting")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -61,9 +67,17 @@ class Batch:
         self.refused: list[tuple[Party, DatabaseError]] = []
         self.makes_work = False
         self.is_unsure = False
+        self.posts: list[Post] = []
 
 
-def run_batch(batch: Batch, commit: Callable[[list[Party]], set[str]]) -> None:
+class Written(NamedTuple):
+    """What came of some parties' rows: the ids of keyed starts that were new, and what became of their mail."""
+
+    inserted: set[str]
+    post: Post | None = None
+
+
+def run_batch(batch: Batch, commit: Callable[[list[Party]], Written]) -> None:
     """Commit a batch, as a whole if possible; else in halves, until each guilty party stands alone.
 
     After any other error the batch knows what is durable already, and may be run again.
@@ -71,7 +85,7 @@ def run_batch(batch: Batch, commit: Callable[[list[Party]], set[str]]) -> None:
 
     def attempt(parties: list[Party]) -> None:
         try:
-            batch.inserted |= commit(parties)
+            written = commit(parties)
         except Exception as error:
             if not is_row_error(error):
                 raise
@@ -83,6 +97,10 @@ def run_batch(batch: Batch, commit: Callable[[list[Party]], set[str]]) -> None:
             refusal = DatabaseError(f"the database refused a row: {error}")
             refusal.__cause__ = error
             batch.refused.append((parties[0], refusal))
+        else:
+            batch.inserted |= written.inserted
+            if written.post is not None:
+                batch.posts.append(written.post)
         del batch.waiting[: len(parties)]
 
     attempt(list(batch.waiting))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from sqlalchemy import URL, Column, Connection, MetaData, String, Table, create_engine, inspect
+from sqlalchemy import URL, Column, Connection, MetaData, String, Table, create_engine, insert, inspect, select
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
@@ -15,7 +15,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from romancy.errors import SchemaError
 from romancy.storage.failures import database_error
-from romancy.storage.schema import SCHEMA_VERSION, VERSION_TABLE, metadata
+from romancy.storage.schema import SCHEMA_VERSION, SLOTS, VERSION_TABLE, metadata, slots
 
 
 def schema_version(connection: sqlite3.Connection) -> str | None:
@@ -178,5 +178,8 @@ def _create_all_on_server(connection: Connection) -> None:
     for table in metadata.sorted_tables:
         for index in table.indexes:
             index.create(connection, checkfirst=True)
+    filled = set(connection.execute(select(slots.c.slot)).scalars())
+    if missing := [{"slot": slot} for slot in range(SLOTS) if slot not in filled]:
+        connection.execute(insert(slots), missing)
     _VERSION.create(connection, checkfirst=True)
     connection.execute(_VERSION.insert().values(version_num=SCHEMA_VERSION))

@@ -67,6 +67,7 @@ class MysqlStore(ServerStore):
     """
 
     begin = "START TRANSACTION"
+    kind = "mysql"
 
     def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
         now: ColumnElement[Any] = literal_column("CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)")

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 
 from romancy.errors import ConfigurationError, DatabaseUnsafeError
 from romancy.storage.address import ServerAddress
-from romancy.storage.batch import Party
+from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.listener import Listener
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
@@ -44,6 +44,8 @@ class PostgresqlStore(ServerStore):
         address: where it is.
         workflow_names: the workflows that this app can run.
     """
+
+    kind = "postgresql"
 
     def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
         now = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
@@ -117,8 +119,13 @@ class PostgresqlStore(ServerStore):
     # -- writing -----------------------------------------------------------------------------------
 
     def _write_parties(
-        self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None
-    ) -> set[str]:
+        self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None, renew_until: int | None
+    ) -> Written:
+        if any(party.mail or party.changes for party in parties):
+            return super()._write_parties(link, batch, parties, worker_id, renew_until)
+        return Written(self._write_rows(link, parties, worker_id, renew_until))
+
+    def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None) -> set[str]:
         states = [p.state for p in parties if p.state is not None]
         rows = (
             _as_json(StartRow._fields, [row for p in parties for row in p.starts]),

@@ -20,6 +20,7 @@ from romancy.model import HistoryEvent, HistoryKind, Instance, InstancePage, Sta
 from romancy.serde import load_json
 from romancy.storage.failures import database_error
 from romancy.storage.filters import JsonScalar, contains, input_matches
+from romancy.storage.mail import NEVER_US
 from romancy.storage.rows import StateRow
 from romancy.storage.schema import history, instances
 
@@ -217,7 +218,7 @@ def _instance(row: Row[Any]) -> Instance:
         started_at=None if row.started_at is None else from_micros(row.started_at),
         updated_at=from_micros(row.updated_at),
         completed_at=None if row.completed_at is None else from_micros(row.completed_at),
-        next_wake_at=from_micros(row.ready_at) if row.ready_at else None,
+        next_wake_at=from_micros(row.ready_at) if row.ready_at and row.ready_at < NEVER_US else None,
         claims=row.claims,
         source_hash=row.source_hash,
     )
@@ -225,7 +226,8 @@ def _instance(row: Row[Any]) -> Instance:
 
 def _event(row: Row[Any]) -> HistoryEvent:
     kind = HistoryKind(row.kind)
-    result: str | None = row.result if kind is HistoryKind.ACTIVITY_COMPLETED else None
+    # A scheduled retry has a number there that is the engine's own.
+    result: str | None = None if kind is HistoryKind.ACTIVITY_RETRY_SCHEDULED else row.result
     return HistoryEvent(
         instance_id=row.instance_id,
         run=row.run,

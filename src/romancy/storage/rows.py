@@ -20,6 +20,7 @@ class StartRow(NamedTuple):
     updated_at: int
     source_hash: str | None
     input: str
+    parent_id: str | None = None
 
 
 class HistoryRow(NamedTuple):
@@ -63,6 +64,30 @@ class ClaimedRow(NamedTuple):
     claims: int
     started_at: int
     input: str
+    parent_id: str | None = None
+    patches: str | None = None
+    is_fresh: bool = False
+
+
+CLAIMED_COLUMNS = ClaimedRow._fields[:-1]
+"""``is_fresh`` is worked out: nobody has run the instance yet."""
+
+
+class RunRow(NamedTuple):
+    """The next run of an instance that this worker owns."""
+
+    instance_id: str
+    run: int
+    started_at: int
+    source_hash: str | None
+    input: str
+
+
+class PatchRow(NamedTuple):
+    """The patches that a run has met, as a JSON list."""
+
+    instance_id: str
+    patches: str
 
 
 class WorkerRow(NamedTuple):

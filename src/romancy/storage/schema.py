@@ -53,6 +53,8 @@ instances = Table(
     Column("input", Text, nullable=False),
     Column("result", Text),
     Column("error", Text),
+    Column("parent_id", name_type(200)),
+    Column("patches", Text),
     **TABLE,
 )
 
@@ -99,5 +101,88 @@ workers = Table(
     **TABLE,
 )
 
-SCHEMA_VERSION = "0001"
+# -- what is sent to instances: events, messages, outcomes of children, requests ---------------------
+#
+# A wait and a mail of the same kind, name and subject meet under the lock of their slot, and become a delivery: the
+# wait and the mail go, the delivery stays until the instance has recorded it.
+
+waits = Table(
+    "romancy_waits",
+    metadata,
+    Column("instance_id", name_type(200), primary_key=True),
+    Column("run", Integer, primary_key=True),
+    Column("operation_id", name_type(400), primary_key=True),
+    Column("kind", name_type(8), nullable=False),
+    Column("name", name_type(200), nullable=False),
+    Column("subject", name_type(200), nullable=False),
+    Column("since", BigInteger, nullable=False),
+    **TABLE,
+)
+Index("romancy_waits_topic", waits.c.kind, waits.c.name, waits.c.subject, waits.c.instance_id)
+
+mail = Table(
+    "romancy_mail",
+    metadata,
+    Column("to_id", name_type(200), primary_key=True),
+    Column("mail_id", name_type(36), primary_key=True),
+    Column("kind", name_type(8), nullable=False),
+    Column("name", name_type(200), nullable=False),
+    Column("subject", name_type(200), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    **TABLE,
+)
+Index("romancy_mail_subject", mail.c.to_id, mail.c.kind, mail.c.name, mail.c.subject, mail.c.mail_id)
+Index("romancy_mail_name", mail.c.to_id, mail.c.kind, mail.c.name, mail.c.mail_id)
+Index("romancy_mail_expires", mail.c.expires_at)
+
+deliveries = Table(
+    "romancy_deliveries",
+    metadata,
+    Column("instance_id", name_type(200), primary_key=True),
+    Column("run", Integer, primary_key=True),
+    Column("operation_id", name_type(400), primary_key=True),
+    Column("to_id", name_type(200), nullable=False),
+    Column("mail_id", name_type(36), nullable=False),
+    Column("kind", name_type(8), nullable=False),
+    Column("name", name_type(200), nullable=False),
+    Column("subject", name_type(200), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    **TABLE,
+)
+
+channels = Table(
+    "romancy_channels",
+    metadata,
+    Column("name", name_type(200), primary_key=True),
+    Column("mode", name_type(12), nullable=False),
+    **TABLE,
+)
+
+subscriptions = Table(
+    "romancy_subscriptions",
+    metadata,
+    Column("channel", name_type(200), primary_key=True),
+    Column("instance_id", name_type(200), primary_key=True),
+    **TABLE,
+)
+Index("romancy_subscriptions_instance", subscriptions.c.instance_id)
+
+seen = Table(
+    "romancy_seen",
+    metadata,
+    Column("digest", name_type(64), primary_key=True),
+    Column("mail_id", name_type(36), nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    **TABLE,
+)
+Index("romancy_seen_expires", seen.c.expires_at)
+
+slots = Table("romancy_slots", metadata, Column("slot", Integer, primary_key=True, autoincrement=False), **TABLE)
+
+SLOTS = 64
+"""Rows of that table, on servers; whoever lets waits and mail meet locks the slot of their topic."""
+
+SCHEMA_VERSION = "0002"
 VERSION_TABLE = "romancy_schema_version"

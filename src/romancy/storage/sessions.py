@@ -7,7 +7,7 @@ the recorded outcome and the check of the worker's fence; it commits once, or no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -18,6 +18,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from romancy.errors import DatabaseError, SessionError
 from romancy.storage.failures import database_error, is_lost
+from romancy.storage.mail import Mail, Post
 from romancy.storage.rows import HistoryRow
 from romancy.storage.store import Store
 
@@ -57,6 +58,7 @@ class ActivityTransaction:
     Attributes:
         after_commit: called back once the transaction is durable.
         failure: why the transaction could not begin, if so.
+        post: once it is committed, what became of the mail in it.
         is_over: it has ended, one way or the other.
     """
 
@@ -70,6 +72,7 @@ class ActivityTransaction:
         self._is_committed = False
         self.after_commit: list[Callable[[], None]] = []
         self.failure: DatabaseError | None = None
+        self.post: Post | None = None
         self.is_over = False
 
     @property
@@ -162,8 +165,10 @@ class ActivityTransaction:
         assert isinstance(self._session, Session)
         self._session.commit()
 
-    async def commit(self, worker_id: str, event_row: HistoryRow, renew_until: int) -> None:
-        """Write the outcome beside the user's rows and commit both, under the fence.
+    async def commit(
+        self, worker_id: str, event_row: HistoryRow, renew_until: int, outgoing: Sequence[Mail] = ()
+    ) -> None:
+        """Write the outcome, and what is sent with it, beside the user's rows and commit both, under the fence.
 
         Raises:
             FencedError: the worker lost its lease; everything was rolled back.
@@ -172,16 +177,20 @@ class ActivityTransaction:
             IntegrityError: a constraint that the database checks at the commit refused the user's rows.
             DatabaseError: the commit failed; everything was rolled back.
         """
-        await greenlet_spawn(self.commit_in_thread, worker_id, event_row, renew_until)
+        await greenlet_spawn(self.commit_in_thread, worker_id, event_row, renew_until, outgoing)
 
-    def commit_in_thread(self, worker_id: str, event_row: HistoryRow, renew_until: int) -> None:
+    def commit_in_thread(
+        self, worker_id: str, event_row: HistoryRow, renew_until: int, outgoing: Sequence[Mail] = ()
+    ) -> None:
         """The same, blocking."""
         connection = self._connection
         assert connection is not None
         self._is_committing = True
         try:
             self._record(connection, worker_id, event_row, renew_until)
+            post = self._engines.store.send_in(connection, outgoing) if outgoing else None
             connection.commit()
+            self.post = post
             self._is_committed = True
         except (DatabaseError, IntegrityError):
             self.close_in_thread()

@@ -42,6 +42,7 @@ class SqliteStore(Store):
     """
 
     begin = "BEGIN IMMEDIATE"
+    kind = "sqlite"
     has_one_writer = True
 
     def __init__(

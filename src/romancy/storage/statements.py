@@ -25,12 +25,16 @@ from sqlalchemy import (
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import ClauseElement
 
-from romancy.model import Status
-from romancy.storage.rows import ClaimedRow, HistoryRow, StateRow, WorkerRow
-from romancy.storage.schema import history, instances, workers
+from romancy.model import WAITING, Status
+from romancy.storage.rows import CLAIMED_COLUMNS, HistoryRow, StateRow, WorkerRow
+from romancy.storage.schema import deliveries, history, instances, workers
 
 CHUNKS = (256, 64, 16, 4, 1)
 """Rows a statement of several rows may carry: few sizes, so that few statements are prepared."""
+
+
+MOST_ADDRESSEES = 50
+"""Instances that are claimed for their mail at a time."""
 
 
 class Prepared:
@@ -126,13 +130,14 @@ class Statements:
             )
             .scalar_subquery()
         )
-        self.scan = prepare(select(*[workers.c[field] for field in WorkerRow._fields], next_due, clock))
+        has_news = select(func.min(deliveries.c.instance_id)).scalar_subquery()
+        self.scan = prepare(select(*[workers.c[field] for field in WorkerRow._fields], has_news, next_due, clock))
         self.now = prepare(select(clock))
         self.next_due = prepare(select(next_due))
 
         free = and_(instances.c.owner.is_(None), instances.c.completed_at.is_(None))
         limit: BindParameter[int] = bindparam("limit")
-        claimed = select(*[instances.c[field] for field in ClaimedRow._fields])
+        claimed = select(*[instances.c[field] for field in CLAIMED_COLUMNS])
         self.find_ready = prepare(
             claimed.where(free, instances.c.ready_at <= now, known)
             .order_by(instances.c.ready_at)
@@ -142,6 +147,10 @@ class Statements:
         of_dead = and_(instances.c.owner == bindparam("worker_id"), instances.c.completed_at.is_(None))
         self.find_of_dead = prepare(claimed.where(of_dead, known).limit(limit).with_for_update(skip_locked=True))
         self.find_claimed = prepare(claimed.where(instances.c.owner == me, instances.c.updated_at == now))
+        ids: list[BindParameter[str]] = [bindparam(f"id_{n}") for n in range(MOST_ADDRESSEES)]
+        self.find_addressed = prepare(
+            claimed.where(free, instances.c.instance_id.in_(ids), known).with_for_update(skip_locked=True)
+        )
         self.lock_worker = prepare(select(literal(1)).select_from(workers).where(alive).with_for_update())
         self.read_event = prepare(
             select(literal(1)).where(
@@ -155,7 +164,8 @@ class Statements:
                 instances.c.instance_id == bindparam("instance_id")
             )
         )
-        waiting = instances.c.status == Status.WAITING_FOR_TIMER.value
+        statuses: list[BindParameter[str]] = [bindparam(f"waiting_{n}", s.value) for n, s in enumerate(WAITING)]
+        waiting = instances.c.status.in_(statuses)
         self.release = prepare(
             update(instances)
             .where(of_dead)

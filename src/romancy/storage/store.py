@@ -19,13 +19,23 @@ from sqlalchemy.engine.interfaces import Dialect
 from romancy.clock import Clock, DatabaseClock
 from romancy.errors import DatabaseError, FencedError
 from romancy.model import Status
-from romancy.storage.batch import Batch, Party, run_batch
-from romancy.storage.failures import database_error, is_driver_error, is_lost
+from romancy.storage.batch import Batch, Party, Written, run_batch
+from romancy.storage.failures import NotOwnedError, database_error, is_driver_error, is_lost
 from romancy.storage.listener import Listener
 from romancy.storage.lock import FreeLock, WriteLock
-from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
+from romancy.storage.mail import Delivery, Mail, Post, Wait
+from romancy.storage.mail_desk import (
+    MailDesk,
+    clear_expired,
+    find_news,
+    on_connection,
+    on_link,
+    open_channel,
+    read_mail_of,
+)
+from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, RunRow, StartRow, StateRow, WorkerRow
 from romancy.storage.schema import history, instances, workers
-from romancy.storage.statements import ManyRows, Prepared, Statements, insert_into
+from romancy.storage.statements import MOST_ADDRESSEES, ManyRows, Prepared, Statements, insert_into
 from romancy.storage.threads import ConnectionThread, Job, Link
 
 logger = logging.getLogger("romancy.storage")
@@ -47,12 +57,15 @@ class Store(ABC):
         server_time: what asks the server for its time.
 
     Attributes:
+        kind: ``sqlite``, ``postgresql`` or ``mysql``.
         write_lock: who may write now; on databases with many writers, everybody.
         has_one_writer: whether an open transaction keeps all others from writing.
+        workflow_clock: what workflows take for the time, and mail expires by; a test may put its own here.
         own_writes: counts what this store has written.
     """
 
     begin = "BEGIN"
+    kind: str
     has_one_writer = False
 
     def __init__(
@@ -68,7 +81,9 @@ class Store(ABC):
         self.mark = mark
         self.write_lock: WriteLock | FreeLock = FreeLock()
         self.clock = clock
+        self.workflow_clock: Clock = clock
         self.own_writes = 0
+        self._workflow_names = tuple(workflow_names)
         self._statements = Statements(dialect, workflow_names, server_time)
         self._starts = ManyRows(insert_into(instances, StartRow._fields), len(StartRow._fields), mark=mark)
         self._history = ManyRows(insert_into(history, HistoryRow._fields), len(HistoryRow._fields), mark=mark)
@@ -168,7 +183,7 @@ class Store(ABC):
             if batch.is_unsure:
                 self._leave_out_what_is_durable(link, batch, worker_id)
             try:
-                run_batch(batch, lambda parties: self._write_parties(link, parties, worker_id, renew_until))
+                run_batch(batch, lambda parties: self._write_parties(link, batch, parties, worker_id, renew_until))
             except Exception as error:
                 batch.is_unsure = batch.is_unsure or is_lost(error)
                 raise
@@ -180,25 +195,72 @@ class Store(ABC):
         return self._write(job)
 
     def _write_parties(
-        self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None
-    ) -> set[str]:
-        """Commit these parties' rows in one transaction, under the fence; returns the ids of the new keyed starts."""
-        inserted: set[str] = set()
+        self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None, renew_until: int | None
+    ) -> Written:
+        """Commit these parties' rows in one transaction, under the fence."""
+        mail = [operation for party in parties for operation in party.mail]
         with self._transaction(link):
-            if worker_id is not None:
-                self._check_or_renew(link, worker_id, renew_until)
-            for sql, values, _ in self._starts.pieces([row for p in parties for row in p.starts]):
-                link.execute(sql, values)
-            keyed = [row for p in parties for row in p.keyed_starts]
-            if keyed:
-                inserted = self._insert_keyed(link, keyed)
-            for sql, values, _ in self._history.pieces([row for p in parties for row in p.history]):
-                link.execute(sql, values)
-            states = [p.state for p in parties if p.state is not None]
-            if states:
+            desk = MailDesk(on_link(link, self.mark), self.kind, self.workflow_clock.now_us())
+            desk.lock(mail)
+            inserted = self._write_rows(link, parties, worker_id, renew_until)
+            for change in [change for party in parties for change in party.changes]:
                 assert worker_id is not None
-                self._update_states(link, states, worker_id)
+                self._change_instance(link, change, worker_id)
+            return Written(inserted, desk.handle(mail, is_repeated=batch.is_unsure) if mail else None)
+
+    def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None) -> set[str]:
+        """Write all rows but the mail, under the fence; returns the ids of the new keyed starts."""
+        inserted: set[str] = set()
+        if worker_id is not None:
+            self._check_or_renew(link, worker_id, renew_until)
+        for sql, values, _ in self._starts.pieces([row for p in parties for row in p.starts]):
+            link.execute(sql, values)
+        keyed = [row for p in parties for row in p.keyed_starts]
+        if keyed:
+            inserted = self._insert_keyed(link, keyed)
+        for sql, values, _ in self._history.pieces([row for p in parties for row in p.history]):
+            link.execute(sql, values)
+        states = [p.state for p in parties if p.state is not None]
+        if states:
+            assert worker_id is not None
+            self._update_states(link, states, worker_id)
         return inserted
+
+    def _change_instance(self, link: Link, change: RunRow | PatchRow, worker_id: str) -> None:
+        mark = self.mark
+        if isinstance(change, RunRow):
+            sql = (
+                f"UPDATE {instances.name} SET run = {mark}, started_at = {mark}, source_hash = {mark}, input = {mark}, "
+                f"updated_at = {mark}, status = '{Status.RUNNING.value}', ready_at = NULL, patches = NULL, claims = 0 "
+                f"WHERE instance_id = {mark} AND run = {mark} AND owner = {mark}"
+            )
+            values: tuple[Any, ...] = (
+                *change[1:], change.started_at, change.instance_id, change.run - 1, worker_id,
+            )  # fmt: skip
+        else:
+            sql = f"UPDATE {instances.name} SET patches = {mark} WHERE instance_id = {mark} AND owner = {mark}"
+            values = (change.patches, change.instance_id, worker_id)
+        if link.execute(sql, values).rowcount != 1:
+            raise NotOwnedError("an instance is no longer owned by this worker")
+
+    def start_child(self, worker_id: str, row: StartRow) -> Future[tuple[str, str, str | None] | None]:
+        """Insert a child with an id of the user's; where that is taken, the name, input and parent of who has it."""
+
+        def job(link: Link) -> tuple[str, str, str | None] | None:
+            with self._transaction(link):
+                self._check_fence(link, worker_id, self._statements.fence)
+                found: tuple[str, str, str | None] | None = link.execute(
+                    f"SELECT workflow_name, input, parent_id FROM {instances.name} WHERE instance_id = {self.mark}",
+                    (row.instance_id,),
+                ).fetchone()
+                if found is None:
+                    for sql, values, _ in self._starts.pieces([row]):
+                        link.execute(sql, values)
+            if found is None:
+                self._tell_others(link)
+            return found
+
+        return self._write(job)
 
     def _leave_out_what_is_durable(self, link: Link, batch: Batch, worker_id: str | None) -> None:
         with self._transaction(link):
@@ -231,7 +293,9 @@ class Store(ABC):
         if party.state is not None:
             row = link.execute(*statements.read_state(instance_id=party.state.instance_id)).fetchone()
             return row is not None and StateRow._make(row[:-1]) == party.state
-        return all(self._is_start_ours(link, start) for start in [*party.starts, *party.keyed_starts])
+        # Mail alone: handled again, it finds what was done.
+        starts = [*party.starts, *party.keyed_starts]
+        return bool(starts) and all(self._is_start_ours(link, start) for start in starts)
 
     def _is_start_ours(self, link: Link, start: StartRow) -> bool:
         """Whether the instance with this id is the one that this start has made."""
@@ -290,16 +354,18 @@ class Store(ABC):
 
         return self._write(job)
 
-    def scan(self) -> Future[tuple[list[WorkerRow], int | None]]:
-        """All workers, and the earliest time at which an instance without an owner may be claimed."""
+    def scan(self) -> Future[tuple[list[WorkerRow], int | None, bool]]:
+        """All workers, the earliest time at which an instance without an owner may be claimed, and whether there is
+        mail."""
         sql, values = self._statements.scan()
 
-        def job(link: Link) -> tuple[list[WorkerRow], int | None]:
+        def job(link: Link) -> tuple[list[WorkerRow], int | None, bool]:
             rows = link.execute(sql, values).fetchall()
             if not rows:
-                return [], None
-            self._note_time(rows[0][-1])
-            return [WorkerRow(*row[:-2]) for row in rows], rows[0][-2]
+                return [], None, False
+            *_, news, due, server_us = rows[0]
+            self._note_time(server_us)
+            return [WorkerRow(*row[:-3]) for row in rows], due, news is not None
 
         return self._read(job)
 
@@ -350,6 +416,18 @@ class Store(ABC):
 
         return self._claim(me, now, claim)
 
+    def claim_addressed(self, me: str, now: int, instance_ids: Sequence[str]) -> Future[list[ClaimedRow]]:
+        """Take those of these instances, at most ``MOST_ADDRESSEES``, that nobody owns: they have mail."""
+        statements = self._statements
+        padded = [*instance_ids, *[instance_ids[0]] * (MOST_ADDRESSEES - len(instance_ids))]
+        values = {f"id_{n}": instance_id for n, instance_id in enumerate(padded)}
+
+        def claim(link: Link) -> list[ClaimedRow]:
+            found = link.execute(*statements.find_addressed(**values)).fetchall()
+            return self._take(link, found, me, now, counted=0)
+
+        return self._claim(me, now, claim)
+
     def _claim(self, me: str, now: int, claim: Job[list[ClaimedRow]]) -> Future[list[ClaimedRow]]:
         def job(link: Link) -> list[ClaimedRow]:
             try:
@@ -377,7 +455,7 @@ class Store(ABC):
                 self._check_fence(link, me, statements.lock_worker)
                 rows = link.execute(*statements.find_claimed(me=me, now=claimed_at)).fetchall()
             self._unsure_claim = None
-            return [ClaimedRow._make(row) for row in rows]
+            return [ClaimedRow(*row) for row in rows]
 
         return self._write(job)
 
@@ -385,11 +463,12 @@ class Store(ABC):
         """Make instances, whose rows this transaction has locked, this worker's own."""
         if not found:
             return []
-        rows = [ClaimedRow._make(row) for row in found]
+        rows = [ClaimedRow(*row) for row in found]
         mark = self.mark
         link.execute(
             f"UPDATE {instances.name} SET owner = {mark}, ready_at = NULL, "
-            f"claims = claims + CASE WHEN status = '{Status.RUNNING.value}' THEN {mark} ELSE 0 END, "
+            f"claims = claims + CASE WHEN status IN ('{Status.RUNNING.value}', '{Status.COMPENSATING.value}') "
+            f"THEN {mark} ELSE 0 END, "
             f"status = CASE WHEN status = '{Status.PENDING.value}' THEN '{Status.RUNNING.value}' ELSE status END, "
             f"started_at = COALESCE(started_at, {mark}), updated_at = {mark} "
             f"WHERE instance_id IN ({','.join([mark] * len(rows))})",
@@ -398,8 +477,9 @@ class Store(ABC):
         return [
             row._replace(
                 status=Status.RUNNING.value if row.status == Status.PENDING.value else row.status,
-                claims=row.claims + (counted if row.status == Status.RUNNING.value else 0),
+                claims=row.claims + (counted if row.status in (Status.RUNNING.value, Status.COMPENSATING.value) else 0),
                 started_at=now if row.started_at is None else row.started_at,
+                is_fresh=row.started_at is None,
             )
             for row in rows
         ]
@@ -431,6 +511,39 @@ class Store(ABC):
 
         return self._write(job)
 
+    # -- mail --------------------------------------------------------------------------------------
+
+    def find_news(self, worker_id: str) -> Future[tuple[list[Delivery], list[str]]]:
+        """Mail for this worker's instances that is not recorded yet; and instances without an owner that have some."""
+        names = self._workflow_names
+        return self._read(lambda link: find_news(on_link(link, self.mark), worker_id, names, MOST_ADDRESSEES))
+
+    def read_mail_of(self, instance_ids: Sequence[str]) -> Future[tuple[list[Delivery], list[Wait]]]:
+        """The deliveries and the open waits of these instances."""
+        return self._read(lambda link: read_mail_of(on_link(link, self.mark), instance_ids))
+
+    def open_channel(
+        self, worker_id: str | None, channel: str, mode: str | None, subscriber: str | None
+    ) -> Future[str | None]:
+        """The channel's mode; where it has none yet, it gets this one. Then subscribes, if that is its mode."""
+
+        def job(link: Link) -> str | None:
+            with self._transaction(link):
+                if worker_id is not None:
+                    self._check_fence(link, worker_id, self._statements.fence)
+                return open_channel(on_link(link, self.mark), self.kind, channel, mode, subscriber)
+
+        return self._write(job)
+
+    def clear_expired(self, now: int, limit: int) -> Future[int]:
+        """Remove mail that has expired; returns how much."""
+
+        def job(link: Link) -> int:
+            with self._transaction(link):
+                return clear_expired(on_link(link, self.mark), now, limit)
+
+        return self._write(job)
+
     # -- the outcome of a transactional activity ---------------------------------------------------
 
     def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
@@ -444,6 +557,12 @@ class Store(ABC):
         if connection.execute(fence.with_for_update(read=True)).first() is None:
             raise fenced(worker_id)
         connection.execute(history.insert().values(event._asdict()))
+
+    def send_in(self, connection: Connection, outgoing: Sequence[Mail]) -> Post:
+        """Send in a transaction of SQLAlchemy's; the last thing before its commit, for it locks topics."""
+        desk = MailDesk(on_connection(connection), self.kind, self.workflow_clock.now_us())
+        desk.lock(outgoing)
+        return desk.handle(outgoing)
 
     def find_event(self, worker_id: str, event: HistoryRow) -> Future[bool]:
         """Whether this outcome is durable, after a connection was lost while it was committed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -21,7 +21,8 @@ from romancy.errors import (
     SchemaError,
 )
 from romancy.storage.batch import Batch, Party
-from romancy.storage.rows import HistoryRow, StartRow, StateRow
+from romancy.storage.mail import Mail, Operation, Post
+from romancy.storage.rows import HistoryRow, PatchRow, RunRow, StartRow, StateRow
 
 logger = logging.getLogger("romancy.storage")
 
@@ -47,6 +48,30 @@ class Recorder:
     def on_refused(self, error: DatabaseError) -> None:
         """See :class:`romancy.storage.batch.Member`."""
         raise NotImplementedError
+
+
+class Posting:
+    """Mail from outside on its way, and who waits for it."""
+
+    __slots__ = ("future", "mail_id")
+
+    def __init__(self, mail_id: str, future: asyncio.Future[bool]) -> None:
+        self.mail_id = mail_id
+        self.future = future
+
+    def on_refused(self, error: DatabaseError) -> None:
+        """Tell the caller."""
+        self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the caller, unless it has gone."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def settle(self, batch: Batch) -> None:
+        """The batch is durable: say whether the mail counts, or was known already."""
+        if not self.future.done():
+            self.future.set_result(all(self.mail_id not in post.repeated for post in batch.posts))
 
 
 class Start:
@@ -78,6 +103,15 @@ class Start:
         if not self.future.done():
             self.future.set_result(is_new)
 
+    def settle(self, batch: Batch) -> None:
+        """The batch is durable."""
+        if self.future.done() and not self.future.cancelled():
+            return
+        is_new = not self.is_keyed or self.row.instance_id in batch.inserted
+        # Of several starts of one id in a batch, the first has made the instance.
+        batch.inserted.discard(self.row.instance_id)
+        self.succeed(is_new)
+
     def _settle(self, is_new: bool) -> None:
         on_settled, self._on_settled = self._on_settled, None
         if on_settled is not None:
@@ -101,6 +135,7 @@ class Writer:
         renewal: called at each flush; a time to which the lease is to be renewed on the way, or ``None``.
         on_stopped: called once when no further write is possible: the lease was lost, or the database is
             beyond hope.
+        on_post: called with what became of the mail of a durable batch.
 
     Attributes:
         committed: the number of the last durable batch.
@@ -112,11 +147,13 @@ class Writer:
         worker_id: str | None,
         renewal: Callable[[], int | None],
         on_stopped: Callable[[DatabaseError], None],
+        on_post: Callable[[Post], None] = lambda post: None,
     ) -> None:
         self._store = store
         self._worker_id = worker_id
         self._renewal = renewal
         self._on_stopped = on_stopped
+        self._on_post = on_post
         self._loop = asyncio.get_running_loop()
         self._open = Batch(1)
         self._in_flight: Batch | None = None
@@ -124,8 +161,8 @@ class Writer:
         self._failures = 0
         self._callbacks: list[Callable[[], None]] = []
         self._flight_callbacks: list[Callable[[], None]] = []
-        self._starts: list[Start] = []
-        self._flight_starts: list[Start] = []
+        self._starts: list[Start | Posting] = []
+        self._flight_starts: list[Start | Posting] = []
         self._room: list[asyncio.Future[None]] = []
         self._idle: list[asyncio.Future[None]] = []
         self.committed = 0
@@ -136,11 +173,7 @@ class Writer:
     def record(self, recorder: Recorder, event: HistoryRow | None, state: StateRow | None = None) -> int:
         """Queue rows of one instance; returns the ticket that :meth:`when_durable` takes."""
         batch = self._open
-        if recorder.ticket != batch.number or recorder.party is None:
-            recorder.ticket = batch.number
-            recorder.party = Party(recorder)
-            batch.waiting.append(recorder.party)
-        party = recorder.party
+        party = self._party_of(recorder)
         if event is not None:
             if party.history:
                 party.history.append(event)
@@ -153,6 +186,61 @@ class Writer:
         batch.row_count += 1
         self._schedule()
         return batch.number
+
+    def record_mail(self, recorder: Recorder, operations: Sequence[Operation], starts: Sequence[StartRow] = ()) -> int:
+        """Queue what an instance sends, waits for and has received, and children that it starts."""
+        batch = self._open
+        party = self._party_of(recorder)
+        if operations:
+            party.mail = [*party.mail, *operations] if party.mail else list(operations)
+        if starts:
+            party.starts = [*party.starts, *starts]
+            batch.makes_work = True
+        batch.row_count += len(operations) + len(starts)
+        self._schedule()
+        return batch.number
+
+    def record_change(self, recorder: Recorder, change: RunRow | PatchRow) -> int:
+        """Queue another change of an instance."""
+        party = self._party_of(recorder)
+        party.changes = [*party.changes, change]
+        self._open.row_count += 1
+        self._schedule()
+        return self._open.number
+
+    def _party_of(self, recorder: Recorder) -> Party:
+        batch = self._open
+        party = recorder.party
+        if recorder.ticket != batch.number or party is None:
+            recorder.ticket = batch.number
+            party = recorder.party = Party(recorder)
+            batch.waiting.append(party)
+        return party
+
+    async def post(self, mail: Mail) -> bool:
+        """Send from outside; returns, once it is durable, whether it counts: ``False`` for one that was sent before.
+
+        A caller that is cancelled meanwhile doesn't take it back.
+
+        Raises:
+            DatabaseError: the database can't take it now; nothing was stored.
+        """
+        await self._wait_for_room()
+        self._check_open()
+        posting = Posting(mail.mail_id, self._loop.create_future())
+        party = Party(posting)
+        party.mail = [mail]
+        self._open.waiting.append(party)
+        self._open.row_count += 1
+        self._starts.append(posting)
+        self._schedule()
+        return await posting.future
+
+    async def _wait_for_room(self) -> None:
+        while self._open.row_count >= MAX_WAITING_ROWS and self.stopped_by is None:
+            waiter = self._loop.create_future()
+            self._room.append(waiter)
+            await waiter
 
     async def start(self, row: StartRow, is_keyed: bool, on_settled: Callable[[bool], None]) -> bool:
         """Store a new instance; returns, once it is durable, whether it is new.
@@ -167,14 +255,11 @@ class Writer:
         Raises:
             DatabaseError: the database can't take it now; nothing was stored.
         """
-        while self._open.row_count >= MAX_WAITING_ROWS and self.stopped_by is None:
-            waiter = self._loop.create_future()
-            self._room.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                on_settled(False)
-                raise
+        try:
+            await self._wait_for_room()
+        except asyncio.CancelledError:
+            on_settled(False)
+            raise
         if self.stopped_by is not None:
             on_settled(False)
         self._check_open()
@@ -276,13 +361,10 @@ class Writer:
         self._in_flight = None
         # The next batch is on its way before this one's consequences are worked out.
         self._seal()
+        for post in batch.posts:
+            self._on_post(post)
         for start in starts:
-            if start.future.done() and not start.future.cancelled():
-                continue
-            is_new = not start.is_keyed or start.row.instance_id in batch.inserted
-            # Of several starts of one id in a batch, the first has made the instance.
-            batch.inserted.discard(start.row.instance_id)
-            start.succeed(is_new)
+            start.settle(batch)
         for callback in callbacks:
             callback()
         if self._open.row_count < MAX_WAITING_ROWS:
@@ -326,7 +408,7 @@ class Writer:
 
     @staticmethod
     def _leave_out_starts(batch: Batch) -> None:
-        batch.waiting = [party for party in batch.waiting if not isinstance(party.member, Start)]
+        batch.waiting = [party for party in batch.waiting if not isinstance(party.member, Start | Posting)]
 
     @staticmethod
     def _release(waiters: list[asyncio.Future[None]]) -> None:

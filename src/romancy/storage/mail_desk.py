@@ -1,0 +1,525 @@
+"""The mail desk: lets waits and mail meet.
+
+Both sides hold the lock of their topic's slot when they look for each other, so none misses the other; and a delivery
+is a row, so it can't be overlooked: whoever owns the instance, or claims it, finds it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import Connection, text
+
+from romancy.model import Status
+from romancy.storage.mail import (
+    ANYBODY,
+    ANYTHING,
+    BROADCAST,
+    CHILD,
+    EVENT,
+    MESSAGE,
+    REQUEST,
+    Closing,
+    Delivery,
+    Mail,
+    Operation,
+    Post,
+    Receipt,
+    Unsubscription,
+    Wait,
+    Withdrawal,
+    slot_of,
+)
+from romancy.storage.schema import channels, deliveries, instances, mail, seen, slots, subscriptions, waits
+from romancy.storage.threads import Link
+
+ROWS_A_STATEMENT = 100
+
+Row = Sequence[Any]
+T = TypeVar("T")
+
+
+class Execute(Protocol):
+    """Runs one statement whose parameters stand as ``?``; returns a cursor."""
+
+    def __call__(self, sql: str, parameters: Sequence[Any] = (), /) -> Any: ...
+
+
+def on_link(link: Link, mark: str) -> Execute:
+    """Statements on a connection of the engine's own."""
+    return lambda sql, parameters=(): link.execute(sql.replace("?", mark), parameters)
+
+
+def on_connection(connection: Connection) -> Execute:
+    """Statements in a transaction of SQLAlchemy's, whatever its driver."""
+
+    def execute(sql: str, parameters: Sequence[Any] = ()) -> Any:
+        pieces = sql.split("?")
+        named = "".join(f"{piece}:p{n}" for n, piece in enumerate(pieces[:-1])) + pieces[-1]
+        return connection.execute(text(named), {f"p{n}": value for n, value in enumerate(parameters)})
+
+    return execute
+
+
+class MailDesk:
+    """Lets waits and mail meet, in one transaction of one database.
+
+    Args:
+        execute: runs statements in that transaction.
+        dialect: ``sqlite``, ``postgresql`` or ``mysql``.
+        now_us: by the database's clock; mail that has expired by then is not there.
+    """
+
+    def __init__(self, execute: Execute, dialect: str, now_us: int) -> None:
+        self._execute = execute
+        self._dialect = dialect
+        self._now_us = now_us
+        self.post = Post()
+
+    # -- the way of a batch ------------------------------------------------------------------------
+
+    def lock(self, operations: Iterable[Operation]) -> None:
+        """Take the slots of all their topics, in order; SQLite has one writer anyway."""
+        if self._dialect == "sqlite":
+            return
+        wanted = sorted({slot for operation in operations for slot in _slots_of(operation)})
+        if wanted:
+            marks = ", ".join("?" * len(wanted))
+            sql = f"SELECT slot FROM {slots.name} WHERE slot IN ({marks}) ORDER BY slot FOR UPDATE"
+            while len(self._execute(sql, wanted).fetchall()) < len(wanted):
+                # Somebody has emptied the table; without its rows nobody would wait for anybody.
+                self.insert(slots.name, ("slot",), [(slot,) for slot in wanted], ignore=True)
+
+    def handle(self, operations: Sequence[Operation], *, is_repeated: bool = False) -> Post:
+        """Carry the operations out, in their order, like ones together.
+
+        Args:
+            operations: their slots are locked.
+            is_repeated: an earlier attempt may have succeeded unseen.
+        """
+        for kind, some in groupby(operations, type):
+            group: list[Any] = list(some)
+            if kind is Wait:
+                self._register(group, is_repeated=is_repeated)
+            elif kind is Withdrawal:
+                self._withdraw(group)
+            elif kind is Receipt:
+                self.delete(deliveries.name, Receipt._fields, group)
+            elif kind is Mail:
+                self._send(group)
+            elif kind is Closing:
+                self._close(group)
+            else:
+                self._unsubscribe(group)
+        return self.post
+
+    # -- waiting -----------------------------------------------------------------------------------
+
+    def _register(self, registrations: list[Wait], *, is_repeated: bool) -> None:
+        if is_repeated:
+            there = self._find_deliveries(registrations)
+            self.post.deliveries += there
+            met = {delivery[:3] for delivery in there}
+            registrations = [wait for wait in registrations if wait[:3] not in met]
+        open_waits = registrations
+        taken: set[tuple[str, str]] = set()
+        while open_waits:
+            found = self._look_for_mail(open_waits)
+            met_now: list[tuple[Wait, tuple[str, str]]] = []
+            again: list[Wait] = []
+            rest: list[Wait] = []
+            for wait, candidates in zip(open_waits, found, strict=True):
+                mine = next((key for key in candidates if key not in taken), None)
+                if mine is not None:
+                    taken.add(mine)
+                    met_now.append((wait, mine))
+                elif candidates:
+                    again.append(wait)
+                else:
+                    rest.append(wait)
+            self._deliver_kept(met_now)
+            self._insert_waits(rest)
+            open_waits = again
+
+    def _look_for_mail(self, open_waits: list[Wait]) -> list[list[tuple[str, str]]]:
+        """For each wait the keys of the oldest mail for its instance and of the oldest for anybody, oldest first."""
+        found: list[list[tuple[str, str]]] = [[] for _ in open_waits]
+        for with_subject in (True, False):
+            some = [(n, w) for n, w in enumerate(open_waits) if (w.subject != ANYTHING) is with_subject]
+            same = "AND m.subject = w.subject " if with_subject else ""
+            for chunk in _chunks(some):
+                asked: list[Any] = []
+                parts: list[str] = []
+                for n, wait in chunk:
+                    for to_id in (wait.instance_id, ANYBODY) if wait.kind != CHILD else (wait.instance_id,):
+                        names = " AS n, ? AS to_id, ? AS kind, ? AS name, ? AS subject" if not parts else ", ?, ?, ?, ?"
+                        parts.append(f"SELECT {n}{names}")
+                        asked += [to_id, wait.kind, wait.name, wait.subject]
+                rows = self._execute(
+                    f"SELECT w.n, w.to_id, (SELECT m.mail_id FROM {mail.name} m WHERE m.to_id = w.to_id "
+                    f"AND m.kind = w.kind AND m.name = w.name {same}AND m.expires_at > ? "
+                    f"ORDER BY m.mail_id LIMIT 1) FROM ({' UNION ALL '.join(parts)}) AS w",
+                    [self._now_us, *asked],
+                ).fetchall()
+                for n, to_id, mail_id in rows:
+                    if mail_id is not None:
+                        found[n].append((mail_id, to_id))
+        return [[(to_id, mail_id) for mail_id, to_id in sorted(keys)] for keys in found]
+
+    def _deliver_kept(self, met: list[tuple[Wait, tuple[str, str]]]) -> None:
+        if not met:
+            return
+        keys = [key for _, key in met]
+        fields = ", ".join(Mail._fields[:-1])
+        rows = self._select(f"SELECT {fields} FROM {mail.name}", ("to_id", "mail_id"), keys)
+        by_key = {(row[0], row[1]): Mail(*row) for row in rows}
+        self.delete(mail.name, ("to_id", "mail_id"), keys)
+        self._insert_deliveries([_deliver(by_key[key], wait[:3], key[0]) for wait, key in met])
+
+    def _insert_waits(self, registrations: list[Wait]) -> None:
+        rows = [(*wait, self._now_us) for wait in registrations]
+        self.insert(waits.name, (*Wait._fields, "since"), rows, ignore=True)
+
+    # -- waiting no longer -------------------------------------------------------------------------
+
+    def _withdraw(self, withdrawals: list[Withdrawal]) -> None:
+        delivered = self._find_deliveries([withdrawal.wait for withdrawal in withdrawals])
+        returning = {withdrawal.wait[:3] for withdrawal in withdrawals if withdrawal.returns}
+        self.post.kept += [delivery for delivery in delivered if delivery[:3] not in returning]
+        self.delete(waits.name, Wait._fields[:3], [withdrawal.wait[:3] for withdrawal in withdrawals])
+        back = [delivery for delivery in delivered if delivery[:3] in returning]
+        if back:
+            self.delete(deliveries.name, Wait._fields[:3], [delivery[:3] for delivery in back])
+            gone = {delivery[:3] for delivery in back}
+            self.post.deliveries = [delivery for delivery in self.post.deliveries if delivery[:3] not in gone]
+            self._dispatch([Mail(*delivery[3:]) for delivery in back])
+
+    def _find_deliveries(self, some_waits: Iterable[Wait]) -> list[Delivery]:
+        fields = ", ".join(Delivery._fields)
+        keys = [wait[:3] for wait in some_waits]
+        return [
+            Delivery(*row) for row in self._select(f"SELECT {fields} FROM {deliveries.name}", Wait._fields[:3], keys)
+        ]
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    def _send(self, mails: list[Mail]) -> None:
+        fresh = self._leave_out_repeated(mails)
+        some = [sent for sent in fresh if sent.kind in (REQUEST, CHILD)]
+        open_ids = self._not_ended({sent.to_id for sent in some}) if some else set()
+        requests = [sent for sent in some if sent.kind == REQUEST and sent.to_id in open_ids]
+        if requests:
+            self._ask(requests)
+        self._dispatch(
+            [sent for sent in fresh if sent.kind in (EVENT, MESSAGE) or (sent.kind == CHILD and sent.to_id in open_ids)]
+        )
+
+    def _not_ended(self, ids: set[str]) -> set[str]:
+        sql = f"SELECT instance_id, completed_at FROM {instances.name}"
+        rows = self._select(sql, ("instance_id",), [(instance_id,) for instance_id in sorted(ids)])
+        return {instance_id for instance_id, completed_at in rows if completed_at is None}
+
+    def _ask(self, requests: list[Mail]) -> None:
+        """Requests wait for nobody: they are deliveries at once."""
+        asked = [_deliver(sent, (sent.to_id, 0, sent.name), sent.to_id) for sent in requests]
+        self.insert(deliveries.name, Delivery._fields, asked, ignore=True)
+        self.post.deliveries += asked
+
+    def _leave_out_repeated(self, mails: list[Mail]) -> list[Mail]:
+        digests = {sent.digest for sent in mails if sent.digest is not None}
+        if not digests:
+            return mails
+        known = dict(
+            self._select(
+                f"SELECT digest, mail_id FROM {seen.name}", ("digest",), [(digest,) for digest in sorted(digests)]
+            )
+        )
+        fresh: list[Mail] = []
+        rows: list[Row] = []
+        for sent in mails:
+            if sent.digest is None or sent.digest not in known:
+                fresh.append(sent)
+                if sent.digest is not None:
+                    known[sent.digest] = sent.mail_id
+                    rows.append((sent.digest, sent.mail_id, sent.expires_at))
+            elif known[sent.digest] != sent.mail_id:
+                self.post.repeated.add(sent.mail_id)
+        # Somebody who sends the same at this very moment makes this fail, and the batch runs again.
+        self.insert(seen.name, ("digest", "mail_id", "expires_at"), rows)
+        return fresh
+
+    def _dispatch(self, mails: list[Mail]) -> None:
+        if any(sent.kind == MESSAGE and sent.to_id == ANYBODY for sent in mails):
+            mails = self._to_subscribers(mails)
+        for way, some in groupby(mails, _way_of):
+            group = list(some)
+            if way == "addressed":
+                self._to_one_each(group, self._waits_of_instances(group))
+            elif way == "queued":
+                self._to_one_each(group, self._waits_of_channels(group))
+            else:
+                self._to_all(group)
+
+    def _to_subscribers(self, mails: list[Mail]) -> list[Mail]:
+        """Messages of a broadcast channel as one for each subscriber."""
+        names = sorted({sent.name for sent in mails if sent.kind == MESSAGE and sent.to_id == ANYBODY})
+        modes = dict(self._select(f"SELECT name, mode FROM {channels.name}", ("name",), [(name,) for name in names]))
+        everywhere = [(name,) for name in names if modes.get(name) == BROADCAST]
+        readers: dict[str, list[str]] = {}
+        for channel, instance_id in self._select(
+            f"SELECT channel, instance_id FROM {subscriptions.name}", ("channel",), everywhere
+        ):
+            readers.setdefault(channel, []).append(instance_id)
+        spread: list[Mail] = []
+        for sent in mails:
+            if sent.kind == MESSAGE and sent.to_id == ANYBODY and modes.get(sent.name) == BROADCAST:
+                spread += [sent._replace(to_id=reader, digest=None) for reader in sorted(readers.get(sent.name, ()))]
+            else:
+                spread.append(sent)
+        return spread
+
+    def _waits_of_instances(self, mails: list[Mail]) -> dict[int, list[Wait]]:
+        """For each mail the waits of its addressee that it fits, oldest first."""
+        found: dict[int, list[Wait]] = {}
+        for chunk in _chunks(list(enumerate(mails))):
+            parts, asked = _topics(chunk)
+            rows = self._execute(
+                f"SELECT s.n, {_of_wait()} FROM ({parts}) AS s JOIN {waits.name} w ON w.instance_id = s.to_id "
+                f"AND w.kind = s.kind AND w.name = s.name AND w.subject IN (s.subject, '') "
+                f"ORDER BY s.n, w.since, w.operation_id",
+                asked,
+            ).fetchall()
+            for n, *fields in rows:
+                found.setdefault(n, []).append(Wait(*fields))
+        return found
+
+    def _waits_of_channels(self, mails: list[Mail]) -> dict[int, list[Wait]]:
+        """For each message of a competing channel the longest waiting consumers, as many as there are messages."""
+        found: dict[int, list[Wait]] = {}
+        of_channel: dict[str, list[int]] = {}
+        for n, sent in enumerate(mails):
+            of_channel.setdefault(sent.name, []).append(n)
+        for channel, numbers in of_channel.items():
+            rows = self._execute(
+                f"SELECT {_of_wait()} FROM {waits.name} w WHERE w.kind = ? AND w.name = ? AND w.subject = ? "
+                f"ORDER BY w.since, w.instance_id, w.operation_id LIMIT {len(numbers)}",
+                [MESSAGE, channel, ANYTHING],
+            ).fetchall()
+            consumers = [Wait(*row) for row in rows]
+            for n in numbers:
+                found[n] = consumers
+        return found
+
+    def _to_one_each(self, mails: list[Mail], fitting: dict[int, list[Wait]]) -> None:
+        """The first wait that is still free takes the mail; mail that nobody takes is kept."""
+        met: list[Delivery] = []
+        kept: list[Mail] = []
+        taken: set[tuple[str, int, str]] = set()
+        # A mail that came back goes before what was sent later.
+        for n, sent in sorted(enumerate(mails), key=lambda numbered: numbered[1].mail_id):
+            key = next((wait[:3] for wait in fitting.get(n, ()) if wait[:3] not in taken), None)
+            if key is None:
+                kept.append(sent)
+            else:
+                taken.add(key)
+                met.append(_deliver(sent, key, sent.to_id))
+        self._settle(met, kept)
+
+    def _to_all(self, events: list[Mail]) -> None:
+        """Everybody who waits now takes a copy; a keyed event that nobody waits for is kept."""
+        topics = list({(sent.name, sent.subject): (n, sent) for n, sent in enumerate(events)}.values())
+        waiting: dict[tuple[str, str], list[Wait]] = {}
+        for chunk in _chunks(topics):
+            parts, asked = _topics(chunk)
+            rows = self._execute(
+                f"SELECT s.n, {_of_wait()} FROM ({parts}) AS s JOIN {waits.name} w "
+                f"ON w.kind = s.kind AND w.name = s.name AND w.subject IN (s.subject, '') ORDER BY s.n, w.since",
+                asked,
+            ).fetchall()
+            for n, *fields in rows:
+                waiting.setdefault((events[n].name, events[n].subject), []).append(Wait(*fields))
+        met: list[Delivery] = []
+        kept: list[Mail] = []
+        taken: set[tuple[str, int, str]] = set()
+        for sent in events:
+            takers = [wait[:3] for wait in waiting.get((sent.name, sent.subject), ()) if wait[:3] not in taken]
+            taken.update(takers)
+            # Should its only taker not want it any more, a keyed event is for anybody again.
+            is_shared = sent.subject and len(takers) == 1
+            met += [_deliver(sent, key, ANYBODY if is_shared else key[0]) for key in takers]
+            if not takers and sent.subject:
+                kept.append(sent)
+        self._settle(met, kept)
+
+    def _settle(self, met: list[Delivery], kept: list[Mail]) -> None:
+        self.delete(waits.name, Wait._fields[:3], [delivery[:3] for delivery in met])
+        self._insert_deliveries(met)
+        self.insert(mail.name, Mail._fields[:-1], [sent[:-1] for sent in kept], ignore=True)
+
+    def _insert_deliveries(self, met: list[Delivery]) -> None:
+        self.insert(deliveries.name, Delivery._fields, met)
+        self.post.deliveries += met
+
+    # -- leaving -----------------------------------------------------------------------------------
+
+    def _close(self, closings: list[Closing]) -> None:
+        ids = [(closing.instance_id,) for closing in closings]
+        self.delete(subscriptions.name, ("instance_id",), ids)
+        self.delete(mail.name, ("to_id",), ids)
+        self.delete(deliveries.name, ("instance_id",), ids)
+
+    def _unsubscribe(self, unsubscriptions: list[Unsubscription]) -> None:
+        for instance_id, channel in unsubscriptions:
+            self.delete(subscriptions.name, ("channel", "instance_id"), [(channel, instance_id)])
+            self.delete(mail.name, ("to_id", "kind", "name"), [(instance_id, MESSAGE, channel)])
+
+    # -- statements --------------------------------------------------------------------------------
+
+    def insert(self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool = False) -> None:
+        """Insert rows; with ``ignore``, those whose keys are new."""
+        row_marks = f"({', '.join('?' * len(fields))})"
+        verb = "INSERT IGNORE" if ignore and self._dialect == "mysql" else "INSERT"
+        suffix = " ON CONFLICT DO NOTHING" if ignore and self._dialect != "mysql" else ""
+        for chunk in _chunks(rows):
+            sql = f"{verb} INTO {table} ({', '.join(fields)}) VALUES {', '.join([row_marks] * len(chunk))}{suffix}"
+            self._execute(sql, [value for row in chunk for value in row])
+
+    def delete(self, table: str, fields: Sequence[str], keys: Sequence[Row]) -> None:
+        """Delete rows by these fields."""
+        for condition, values in _conditions(fields, keys):
+            self._execute(f"DELETE FROM {table} WHERE {condition}", values)
+
+    def _select(self, select: str, fields: Sequence[str], keys: Sequence[Row]) -> list[Any]:
+        rows: list[Any] = []
+        for condition, values in _conditions(fields, keys):
+            rows += self._execute(f"{select} WHERE {condition}", values).fetchall()
+        return rows
+
+
+def _slots_of(operation: Operation) -> list[int]:
+    match operation:
+        case Wait() | Mail():
+            return [slot_of(operation.kind, operation.name)]
+        case Withdrawal():
+            return [slot_of(operation.wait.kind, operation.wait.name)]
+        case Unsubscription():
+            return [slot_of(MESSAGE, operation.channel)]
+        case _:
+            return []
+
+
+def _way_of(sent: Mail) -> str:
+    if sent.to_id != ANYBODY:
+        return "addressed"
+    return "queued" if sent.kind == MESSAGE else "open"
+
+
+def _deliver(sent: Mail, key: Any, home: str) -> Delivery:
+    instance_id, run, operation_id = key
+    return Delivery(instance_id, run, operation_id, home, *sent[1:-1])
+
+
+def _of_wait() -> str:
+    return ", ".join(f"w.{field}" for field in Wait._fields)
+
+
+def _topics(numbered: Sequence[tuple[int, Mail]]) -> tuple[str, list[str]]:
+    """A table of topics, by their numbers."""
+    first, *rest = numbered
+    parts = [f"SELECT {first[0]} AS n, ? AS to_id, ? AS kind, ? AS name, ? AS subject"]
+    parts += [f"SELECT {n}, ?, ?, ?, ?" for n, _ in rest]
+    return " UNION ALL ".join(parts), [
+        value for _, sent in numbered for value in (sent.to_id, sent.kind, sent.name, sent.subject)
+    ]
+
+
+def _conditions(fields: Sequence[str], keys: Sequence[Row]) -> Iterable[tuple[str, list[Any]]]:
+    """Rows by their keys, in a form for which every database takes its index."""
+    for chunk in _chunks(keys):
+        if len(fields) == 1:
+            yield f"{fields[0]} IN ({', '.join('?' * len(chunk))})", [key[0] for key in chunk]
+        else:
+            one = f"({' AND '.join(f'{field} = ?' for field in fields)})"
+            yield " OR ".join([one] * len(chunk)), [value for key in chunk for value in key]
+
+
+def _chunks(rows: Sequence[T]) -> Iterable[Sequence[T]]:
+    for start in range(0, len(rows), ROWS_A_STATEMENT):
+        yield rows[start : start + ROWS_A_STATEMENT]
+
+
+_DELIVERY = ", ".join(f"d.{field}" for field in Delivery._fields)
+
+
+def find_news(
+    execute: Execute, worker_id: str, workflow_names: Sequence[str], limit: int
+) -> tuple[list[Delivery], list[str]]:
+    """Mail that has not been recorded yet.
+
+    Returns:
+        All deliveries for instances of this worker; and ids of instances that nobody owns, that have mail, and that an
+        app with these workflows can run.
+    """
+    to_instances = f"FROM {deliveries.name} d CROSS JOIN {instances.name} i WHERE i.instance_id = d.instance_id"
+    rows = execute(f"SELECT {_DELIVERY} {to_instances} AND i.owner = ?", (worker_id,)).fetchall()
+    found = [Delivery(*row) for row in rows]
+    if not workflow_names:
+        return found, []
+    known = ", ".join("?" * len(workflow_names))
+    sql = (
+        f"SELECT DISTINCT d.instance_id {to_instances} AND i.owner IS NULL AND i.completed_at IS NULL "
+        f"AND i.status <> ? AND i.workflow_name IN ({known}) LIMIT {limit}"
+    )
+    return found, [row[0] for row in execute(sql, (Status.SUSPENDED.value, *workflow_names)).fetchall()]
+
+
+def read_mail_of(execute: Execute, instance_ids: Sequence[str]) -> tuple[list[Delivery], list[Wait]]:
+    """What the database has of instances that were just claimed: their deliveries and their open waits."""
+    keys = [(instance_id,) for instance_id in instance_ids]
+    found: list[Delivery] = []
+    still_open: list[Wait] = []
+    for condition, values in _conditions(("instance_id",), keys):
+        fields = ", ".join(Delivery._fields)
+        rows = execute(f"SELECT {fields} FROM {deliveries.name} WHERE {condition}", values).fetchall()
+        found += [Delivery(*row) for row in rows]
+        fields = ", ".join(Wait._fields)
+        rows = execute(f"SELECT {fields} FROM {waits.name} WHERE {condition}", values).fetchall()
+        still_open += [Wait(*row) for row in rows]
+    return found, still_open
+
+
+def open_channel(execute: Execute, dialect: str, channel: str, mode: str | None, subscriber: str | None) -> str | None:
+    """The channel's mode; where it has none yet, it gets this one. Then subscribes, if that is its mode.
+
+    Returns:
+        ``None`` for a channel that nobody has given a mode.
+    """
+    desk = MailDesk(execute, dialect, 0)
+    if mode is not None:
+        # Under the lock: what is published at this moment goes to this subscriber, or was published before.
+        desk.lock([Unsubscription("", channel)])
+    row = execute(f"SELECT mode FROM {channels.name} WHERE name = ?", (channel,)).fetchone()
+    found: str | None = None if row is None else row[0]
+    if found is None and mode is not None:
+        desk.insert(channels.name, ("name", "mode"), [(channel, mode)])
+        if mode == BROADCAST:
+            desk.delete(mail.name, ("to_id", "kind", "name"), [(ANYBODY, MESSAGE, channel)])
+        found = mode
+    if subscriber is not None and found == mode:
+        desk.insert(subscriptions.name, ("channel", "instance_id"), [(channel, subscriber)], ignore=True)
+    return found
+
+
+def clear_expired(execute: Execute, now_us: int, limit: int) -> int:
+    """Remove mail and digests that have expired, some at a time; returns how many."""
+    removed = 0
+    for table, fields in ((mail.name, ("to_id", "mail_id")), (seen.name, ("digest",))):
+        columns = ", ".join(fields)
+        sql = f"SELECT {columns} FROM {table} WHERE expires_at <= ? ORDER BY expires_at LIMIT {limit}"
+        keys = execute(sql, (now_us,)).fetchall()
+        for condition, values in _conditions(fields, [tuple(key) for key in keys]):
+            execute(f"DELETE FROM {table} WHERE {condition}", values)
+        removed += len(keys)
+    return removed

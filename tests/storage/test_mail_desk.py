@@ -1,0 +1,261 @@
+"""Waits and mail meet: the desk on every database beside a few lines of plain Python that say what should happen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from romancy.storage.address import parse_address
+from romancy.storage.mail import ANYBODY, NEVER_US, Closing, Delivery, Mail, Operation, Post, Receipt, Wait, Withdrawal
+from romancy.storage.mail_desk import MailDesk, on_link
+from romancy.storage.store import Store
+from romancy.storage.stores import make_store
+from tests.databases import Database, execute, rows
+
+EXAMPLES = int(os.environ.get("ROMANCY_EXAMPLES", "40"))
+INSTANCES = ("A", "B", "C")
+CHANNELS = {"news": "broadcast", "jobs": "competing", "desk": "direct"}
+READERS = [("news", "A"), ("news", "B")]
+NOW_US = 1_000_000
+
+
+@pytest.fixture
+def store(any_database: Database) -> Iterator[Store]:
+    store = make_store(parse_address(str(any_database)), [])
+    store.open(migrate=True)
+    yield store
+    store.close()
+
+
+def handle(store: Store, operations: list[Operation], now_us: int = NOW_US) -> Post:
+    def job(link: Any) -> Post:
+        with store._transaction(link):
+            desk = MailDesk(on_link(link, store.mark), store.kind, now_us)
+            desk.lock(operations)
+            return desk.handle(operations)
+
+    return store._write(job).result()
+
+
+def database_of(store: Store, any_database: Database) -> Database:
+    del store
+    return any_database
+
+
+@dataclass
+class Model:
+    """What should happen, one operation after the other."""
+
+    waits: list[Wait] = field(default_factory=list)
+    mail: dict[tuple[str, str], Mail] = field(default_factory=dict)
+    deliveries: dict[tuple[str, int, str], Delivery] = field(default_factory=dict)
+    kept: set[tuple[str, int, str]] = field(default_factory=set)
+
+    def run(self, operation: Operation) -> None:
+        match operation:
+            case Wait():
+                fitting = [
+                    sent
+                    for sent in self.mail.values()
+                    if sent.to_id in (operation.instance_id, ANYBODY) and fits(operation, sent)
+                ]
+                if fitting:
+                    sent = min(fitting, key=lambda one: (one.mail_id, one.to_id))
+                    del self.mail[sent.to_id, sent.mail_id]
+                    self.deliver(sent, operation, sent.to_id)
+                else:
+                    self.waits.append(operation)
+            case Withdrawal(wait, returns):
+                delivery = self.deliveries.get(wait[:3])
+                self.waits = [known for known in self.waits if known[:3] != wait[:3]]
+                if delivery is not None and returns:
+                    del self.deliveries[wait[:3]]
+                    self.send(Mail(*delivery[3:]))
+                elif delivery is not None:
+                    self.kept.add(wait[:3])
+            case Receipt():
+                self.deliveries.pop(tuple(operation), None)
+            case Mail():
+                if operation.name == "news" and operation.to_id == ANYBODY:
+                    for _, reader in READERS:
+                        self.send(operation._replace(to_id=reader))
+                else:
+                    self.send(operation)
+            case _:
+                raise AssertionError(operation)
+
+    def send(self, sent: Mail) -> None:
+        takers = [wait for wait in self.waits if sent.to_id in (wait.instance_id, ANYBODY) and fits(wait, sent)]
+        if sent.to_id != ANYBODY or sent.kind == "message":
+            takers = takers[:1]
+        for wait in takers:
+            self.waits.remove(wait)
+            home = sent.to_id
+            if sent.kind == "event" and home == ANYBODY and not (sent.subject and len(takers) == 1):
+                home = wait.instance_id
+            self.deliver(sent, wait, home)
+        if not takers and (sent.to_id != ANYBODY or sent.kind == "message" or sent.subject):
+            self.mail[sent.to_id, sent.mail_id] = sent
+
+    def deliver(self, sent: Mail, wait: Wait, home: str) -> None:
+        self.deliveries[wait[:3]] = Delivery(*wait[:3], home, *sent[1:-1])
+
+
+def fits(wait: Wait, sent: Mail) -> bool:
+    return (wait.kind, wait.name) == (sent.kind, sent.name) and wait.subject in ("", sent.subject)
+
+
+topics = st.one_of(
+    st.tuples(st.just("event"), st.sampled_from(["paid", "sent"]), st.sampled_from(["", "k1", "k2"])),
+    st.tuples(st.just("message"), st.sampled_from(sorted(CHANNELS)), st.just("")),
+)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> list[list[Operation]]:
+    """Batches of operations as instances would hand them in: nobody waits twice under one id."""
+    batches: list[list[Operation]] = []
+    every_wait: list[Wait] = []
+    count = 0
+    for _ in range(draw(st.integers(1, 6))):
+        batch: list[Operation] = []
+        for _ in range(draw(st.integers(1, 6))):
+            count += 1
+            what = draw(st.sampled_from(["wait", "wait", "send", "send", "send", "withdraw", "receipt"]))
+            kind, name, subject = draw(topics)
+            if what == "wait" and (kind, name) != ("message", "other"):
+                wait = Wait(draw(st.sampled_from(INSTANCES)), 1, f"wait:{count}", kind, name, subject)
+                every_wait.append(wait)
+                batch.append(wait)
+            elif what == "send":
+                to_id = draw(st.sampled_from([*INSTANCES, ANYBODY, ANYBODY]))
+                if name == "desk" and to_id == ANYBODY:
+                    to_id = "A"
+                batch.append(Mail(to_id, f"{count:08}", kind, name, subject, f'"{count}"', NEVER_US))
+            elif every_wait:
+                wait = draw(st.sampled_from(every_wait))
+                if what == "withdraw":
+                    batch.append(Withdrawal(wait, draw(st.booleans())))
+                else:
+                    batch.append(Receipt(*wait[:3]))
+        batches.append(batch)
+    return batches
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(program=programs())
+def test_desk_does_what_the_model_says(store: Store, any_database: Database, program: list[list[Operation]]) -> None:
+    for table in ("waits", "mail", "deliveries", "subscriptions", "channels"):
+        execute(any_database, f"DELETE FROM romancy_{table}")
+    for name, mode in CHANNELS.items():
+        execute(any_database, "INSERT INTO romancy_channels VALUES (?, ?)", name, mode)
+    for channel, reader in READERS:
+        execute(any_database, "INSERT INTO romancy_subscriptions VALUES (?, ?)", channel, reader)
+    model = Model()
+    received: dict[tuple[str, int, str], Delivery] = {}
+    kept: set[tuple[str, int, str]] = set()
+    for number, batch in enumerate(program):
+        before = dict(model.deliveries)
+        for operation in batch:
+            model.run(operation)
+        post = handle(store, batch, NOW_US + number)
+        received = {delivery[:3]: delivery for delivery in post.deliveries}
+        kept |= {delivery[:3] for delivery in post.kept}
+        news = {key: delivery for key, delivery in model.deliveries.items() if before.get(key) != delivery}
+        assert news.items() <= received.items()
+    assert kept == model.kept
+    found = {Delivery(*row)[:3]: Delivery(*row) for row in rows(any_database, "SELECT * FROM romancy_deliveries")}
+    assert found == model.deliveries
+    found_mail = rows(any_database, "SELECT to_id, mail_id FROM romancy_mail")
+    assert sorted(found_mail) == sorted(model.mail)
+    found_waits = rows(any_database, "SELECT instance_id, run, operation_id FROM romancy_waits")
+    assert sorted(found_waits) == sorted(wait[:3] for wait in model.waits)
+
+
+def wait_for(instance_id: str, operation_id: str = "wait:1", name: str = "paid", subject: str = "k") -> Wait:
+    return Wait(instance_id, 1, operation_id, "event", name, subject)
+
+
+def event(mail_id: str, subject: str = "k", *, to_id: str = ANYBODY, digest: str | None = None) -> Mail:
+    return Mail(to_id, mail_id, "event", "paid", subject, "{}", NEVER_US, digest)
+
+
+def test_same_digest_counts_once(store: Store) -> None:
+    first = handle(store, [event("1", digest="d"), event("2", digest="d")])
+    second = handle(store, [event("3", digest="d"), event("1", digest="d")])
+    assert first.repeated == {"2"}
+    assert second.repeated == {"3"}  # and "1" is the one that counts
+    got = handle(store, [wait_for("A"), wait_for("B")])
+    assert [delivery.mail_id for delivery in got.deliveries] == ["1"]
+
+
+def test_expired_mail_is_not_there(store: Store) -> None:
+    handle(store, [event("1")._replace(expires_at=NOW_US + 5)])
+    assert not handle(store, [wait_for("A")], NOW_US + 5).deliveries
+
+
+def test_end_of_an_instance_clears_its_mailbox(store: Store, any_database: Database) -> None:
+    handle(store, [event("1", to_id="A"), event("2", to_id="B"), wait_for("A", "x"), Closing("A")])
+    assert rows(any_database, "SELECT to_id FROM romancy_mail") == [("B",)]
+    assert rows(any_database, "SELECT * FROM romancy_deliveries") == []
+
+
+def test_repeated_registration_finds_its_delivery(store: Store) -> None:
+    handle(store, [event("1"), wait_for("A")])
+
+    def job(link: Any) -> Post:
+        with store._transaction(link):
+            return MailDesk(on_link(link, store.mark), store.kind, NOW_US).handle([wait_for("A")], is_repeated=True)
+
+    assert [delivery.mail_id for delivery in store._write(job).result().deliveries] == ["1"]
+
+
+def test_emptied_slots_are_filled_again(store: Store, any_database: Database) -> None:
+    execute(any_database, "DELETE FROM romancy_slots")
+    handle(store, [wait_for("A")])
+    expected = 0 if store.kind == "sqlite" else 1
+    assert len(rows(any_database, "SELECT slot FROM romancy_slots")) == expected
+    clean_slots(any_database)
+
+
+def clean_slots(database: Database) -> None:
+    for slot in range(64):
+        found = rows(database, "SELECT 1 FROM romancy_slots WHERE slot = ?", slot)
+        if not found:
+            execute(database, "INSERT INTO romancy_slots VALUES (?)", slot)
+
+
+def test_no_meeting_is_missed_by_two_processes_at_once(any_database: Database) -> None:
+    """Check, then keep: without the lock, a wait and a mail can each miss the other."""
+    rounds = 150 if str(any_database).endswith(".db") else 300
+    stores = [make_store(parse_address(str(any_database)), []) for _ in range(2)]
+    for store in stores:
+        store.open(migrate=True)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            for number in range(rounds):
+                key = f"k{number}"
+                list(
+                    threads.map(
+                        handle,
+                        stores,
+                        [[wait_for("A", f"wait:{number}", subject=key)], [event(f"{number:08}", key)]],
+                    )
+                )
+        assert len(rows(any_database, "SELECT * FROM romancy_deliveries")) == rounds
+        assert rows(any_database, "SELECT * FROM romancy_mail") == []
+        assert rows(any_database, "SELECT * FROM romancy_waits") == []
+    finally:
+        for store in stores:
+            store.close()
