@@ -5,11 +5,13 @@ Start with :class:`App`, :func:`workflow` and :func:`activity`.
 
 from romancy._version import __version__
 from romancy.app import App
-from romancy.context import ActivityContext, WorkflowContext, current_activity
+from romancy.context import ActivityContext, ChildHandle, WorkflowContext, current_activity
 from romancy.definitions import Activity, Catalogue, Workflow, activity, workflow
 from romancy.errors import (
     ActivityTimeoutError,
     AppNotRunningError,
+    ChannelModeConflictError,
+    ChildWorkflowError,
     ConfigurationError,
     DatabaseCorruptError,
     DatabaseError,
@@ -21,6 +23,7 @@ from romancy.errors import (
     DatabaseURLError,
     DefinitionError,
     DuplicateNameError,
+    EventTimeoutError,
     FencedError,
     ForbiddenInWorkflowError,
     InstanceConflictError,
@@ -28,6 +31,7 @@ from romancy.errors import (
     InstanceStateError,
     InvalidFilterError,
     InvalidPageTokenError,
+    MessageTimeoutError,
     NonDeterminismError,
     NotInActivityError,
     PayloadTooLargeError,
@@ -44,7 +48,7 @@ from romancy.errors import (
     WorkflowSuspendedError,
 )
 from romancy.handle import WorkflowHandle
-from romancy.model import ErrorInfo, HistoryEvent, HistoryKind, Instance, InstancePage, Status
+from romancy.model import ErrorInfo, Event, HistoryEvent, HistoryKind, Instance, InstancePage, Message, Status
 from romancy.retry import RetryPolicy
 
 __all__ = [
@@ -54,6 +58,9 @@ __all__ = [
     "App",
     "AppNotRunningError",
     "Catalogue",
+    "ChannelModeConflictError",
+    "ChildHandle",
+    "ChildWorkflowError",
     "ConfigurationError",
     "DatabaseCorruptError",
     "DatabaseError",
@@ -66,6 +73,8 @@ __all__ = [
     "DefinitionError",
     "DuplicateNameError",
     "ErrorInfo",
+    "Event",
+    "EventTimeoutError",
     "FencedError",
     "ForbiddenInWorkflowError",
     "HistoryEvent",
@@ -77,6 +86,8 @@ __all__ = [
     "InstanceStateError",
     "InvalidFilterError",
     "InvalidPageTokenError",
+    "Message",
+    "MessageTimeoutError",
     "NonDeterminismError",
     "NotInActivityError",
     "PayloadTooLargeError",

@@ -17,7 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from romancy.clock import Clock, SystemClock
 from romancy.context import CURRENT_ACTIVITY
 from romancy.definitions import DEFAULT_CATALOGUE, Catalogue, Workflow
+from romancy.engine.messaging import mode_conflict
 from romancy.engine.worker import LONGEST_FAREWELL_S, Worker
+from romancy.envelopes import EventHead, checked_name, checked_time, encode_data, message_body
 from romancy.errors import (
     AppNotRunningError,
     ConfigurationError,
@@ -34,11 +36,13 @@ from romancy.ids import IdSource
 from romancy.model import HistoryEvent, Instance, InstancePage, Status
 from romancy.outcomes import Outcome, Outcomes
 from romancy.retry import RetryPolicy, Seconds, as_seconds
-from romancy.serde import check_size
+from romancy.serde import check_size, dump_plain
 from romancy.starting import check_same, checked_id, pending_row
 from romancy.storage.address import parse_address
 from romancy.storage.filters import JsonScalar
 from romancy.storage.joining import after_commit, insert_start
+from romancy.storage.mail import CANCEL, SUSPEND, Post
+from romancy.storage.posting import event_mail, message_mail, request_mail
 from romancy.storage.queries import Queries
 from romancy.storage.rows import StartRow, StateRow
 from romancy.storage.sessions import SessionEngines
@@ -80,6 +84,8 @@ class App:
         max_activities: how many activities may run at a time.
         activity_threads: how many plain ``def`` activities may run at a time.
         stall_warning: after how many seconds a blocked event loop is reported.
+        event_retention: how long an event with a key, or to one instance, is kept for somebody who waits for it; in
+            seconds or as a ``timedelta``.
         clock: for tests; see ``romancy.testing``.
 
     Raises:
@@ -110,6 +116,7 @@ class App:
         max_activities: int = 1_000,
         activity_threads: int = 32,
         stall_warning: Seconds = 1.0,
+        event_retention: Seconds = 24 * 3600.0,
         clock: Clock | None = None,
     ) -> None:
         self.address = parse_address(database)
@@ -125,6 +132,7 @@ class App:
         self.max_activities = _positive("max_activities", max_activities)
         self.activity_threads = _positive("activity_threads", activity_threads)
         self.stall_warning_s = as_seconds(stall_warning, "stall_warning")
+        self.event_retention_s = as_seconds(event_retention, "event_retention")
         self._workflows = None if workflows is None else Catalogue.of(workflows)
         self._has_worker = worker
         self._auto_migrate = auto_migrate
@@ -161,7 +169,7 @@ class App:
         self._known = self._catalogue.workflows
         self._store = make_store(self.address, list(self._known))
         await asyncio.to_thread(self._store.open, self._auto_migrate)
-        self._clock = self._given_clock or self._store.clock
+        self._clock = self._store.workflow_clock = self._given_clock or self._store.clock
         self._process_id = os.getpid()
         self._broken = None
         self._poll_wanted = asyncio.Event()
@@ -171,7 +179,7 @@ class App:
             if self._has_worker:
                 await self._begin_worker()
             else:
-                self._writer = Writer(self._store, None, lambda: None, self._on_client_stopped)
+                self._writer = Writer(self._store, None, lambda: None, self._on_client_stopped, self._on_post)
         except BaseException:
             await self._close()
             raise
@@ -566,6 +574,103 @@ class App:
             raise not_found(instance_id)
         return events
 
+    # -- sending -----------------------------------------------------------------------------------
+
+    async def send_event(
+        self,
+        event_type: str,
+        data: Any = None,
+        *,
+        key: str | None = None,
+        instance_id: str | None = None,
+        source: str = "romancy",
+        id: str | None = None,
+        time: datetime | None = None,
+        extensions: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Send an event to the workflows that wait for it. It is durable when this returns.
+
+        An event with a key, or to one instance, is kept until somebody waits for it, for 24 hours; one without reaches
+        those who wait now.
+
+        Args:
+            event_type: what happened, for example ``"payment.completed"``.
+            data: anything that Romancy can store.
+            key: the event's key: CloudEvents' ``subject``.
+            instance_id: the one instance that it is for.
+            source: who says so; with ``id`` it names the event.
+            id: unique within its source; by default a new one.
+            time: when it happened, aware; by default now.
+            extensions: further attributes.
+
+        Returns:
+            ``False`` for an event whose source and id were known already: it counts once.
+
+        Raises:
+            SerializationError: the data can't be stored, or are too large (``PayloadTooLargeError``).
+            DatabaseError: the database can't take it now; nothing was stored.
+
+        Example:
+            ``await app.send_event("payment.completed", {"amount": 17}, key="order-5")``
+        """
+        self._check_running()
+        _check_no_open_transaction("send an event")
+        text = encode_data("the data of an event", data)
+        check_size("the data of an event", [text], self.max_payload_bytes)
+        now_us, mail_id = self._clock.now_us(), self._ids.new_id()
+        head = EventHead(
+            checked_name("event_type", event_type), source, id or mail_id,
+            checked_name("key", key, may_be_empty=True), checked_time(time, now_us), extensions or {},
+        )  # fmt: skip
+        to_id = checked_name("instance_id", instance_id, may_be_empty=True)
+        expires_at = now_us + round(self.event_retention_s * 1_000_000)
+        return await self._writer.post(event_mail(head, text, mail_id, to_id, expires_at, is_from_outside=True))
+
+    async def publish(self, channel: str, data: Any = None, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Publish a message on a channel, from outside of workflows. It is durable when this returns.
+
+        Raises:
+            ChannelModeConflictError: the channel is ``direct``; use :meth:`send_to`.
+            SerializationError: the data can't be stored.
+            DatabaseError: the database can't take it now; nothing was stored.
+        """
+        await self._send_on(checked_name("channel", channel), None, "", data, metadata)
+
+    async def send_to(
+        self, instance_id: str, channel: str, data: Any = None, *, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Send a message to one instance's mailbox, where it waits until it is received.
+
+        Raises:
+            ChannelModeConflictError: the channel has a mode other than ``direct``.
+            SerializationError: the data can't be stored.
+            DatabaseError: the database can't take it now; nothing was stored.
+        """
+        to_id = checked_name("instance_id", instance_id)
+        await self._send_on(checked_name("channel", channel), "direct", to_id, data, metadata)
+
+    async def _send_on(
+        self, channel: str, mode: str | None, to_id: str, data: Any, metadata: Mapping[str, Any] | None
+    ) -> None:
+        self._check_running()
+        _check_no_open_transaction("send a message")
+        text = encode_data("the data of a message", data)
+        check_size("the data of a message", [text], self.max_payload_bytes)
+        found = await asyncio.wrap_future(self._store.open_channel(None, channel, mode, None))
+        if found != mode and not (mode is None and found != "direct"):
+            raise mode_conflict(channel, found, mode)
+        now_us, mail_id = self._clock.now_us(), self._ids.new_id()
+        body = message_body(mail_id, channel, text, metadata, None, now_us)
+        await self._writer.post(message_mail(mail_id, channel, to_id, body, now_us))
+
+    def new_id(self) -> str:
+        """See :class:`romancy.engine.worker.WorkerSettings`."""
+        return self._ids.new_id()
+
+    def _on_post(self, post: Post) -> None:
+        if post.deliveries:
+            self._store.tell_others()
+
     # -- changing ----------------------------------------------------------------------------------
 
     async def resume(self, instance_id: str) -> None:
@@ -583,6 +688,52 @@ class App:
                 raise not_found(instance_id)
             raise InstanceStateError(f"instance {instance_id!r} is {instance.status}, not suspended: nothing to resume")
         self._hint_worker()
+
+    async def cancel(self, instance_id: str, reason: str | None = None) -> bool:
+        """Ask an instance to end; the request is durable when this returns, and the first one counts.
+
+        What the workflow awaits raises ``asyncio.CancelledError``, so ``finally`` blocks may run activities; then what
+        it has done is compensated, and its status is ``cancelled``. A running ``async def`` activity is cancelled,
+        too; a plain ``def`` is left to finish. Never waits for the worker that owns the instance.
+
+        Args:
+            instance_id: which one.
+            reason: why, for people; it ends up in the history and in the error of ``result()``.
+
+        Returns:
+            ``False``: it had ended already.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+            DatabaseError: the database can't take it now; nothing was stored.
+        """
+        instance = await self._ask(instance_id, CANCEL, {"reason": reason})
+        if instance.status is Status.SUSPENDED:
+            # It can only end by running its code; should that still not fit, it is parked again.
+            await asyncio.wrap_future(self._store.resume(instance_id, self._clock.now_us()))
+            self._hint_worker()
+        return not instance.status.is_terminal
+
+    async def suspend(self, instance_id: str) -> None:
+        """Set an instance aside until :meth:`resume`; what it waits for is kept for it.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+            InstanceStateError: it has ended.
+        """
+        instance = await self._ask(instance_id, SUSPEND, {})
+        if instance.status.is_terminal:
+            raise InstanceStateError(f"instance {instance_id!r} is {instance.status}: there is nothing to suspend")
+
+    async def _ask(self, instance_id: str, what: str, details: dict[str, Any]) -> Instance:
+        self._check_running()
+        _check_no_open_transaction(f"{what} an instance")
+        instance = await self._queries.get_instance(instance_id)
+        if instance is None:
+            raise not_found(instance_id)
+        if not instance.status.is_terminal:
+            await self._writer.post(request_mail(self._ids.new_id(), instance_id, what, dump_plain(details)))
+        return instance
 
     # -- waiting for results -----------------------------------------------------------------------
 

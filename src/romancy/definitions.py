@@ -106,9 +106,11 @@ class Activity(Generic[P, R]):
         retry: RetryPolicy | None = None,
         transactional: bool = True,
         timeout: Seconds | None = None,
+        compensate: Activity[..., Any] | None = None,
     ) -> None:
         self.fn = fn
         self.name = name
+        self.compensate = _checked_compensation(name, fn, compensate)
         self.retry = _checked_retry(f"activity {name!r}", retry)
         self.transactional = transactional
         self.timeout_s = _checked_timeout(timeout)
@@ -305,6 +307,7 @@ def activity(
     retry: RetryPolicy | None = None,
     transactional: bool = True,
     timeout: Seconds | None = None,
+    compensate: Activity[..., Any] | None = None,
     catalogue: Catalogue = DEFAULT_CATALOGUE,
 ) -> ActivityDecorator: ...
 def activity(
@@ -315,6 +318,7 @@ def activity(
     retry: RetryPolicy | None = None,
     transactional: bool = True,
     timeout: Seconds | None = None,
+    compensate: Activity[..., Any] | None = None,
     catalogue: Catalogue = DEFAULT_CATALOGUE,
 ) -> Any:
     """Define an activity: a function with side effects, run at least once, with one recorded outcome.
@@ -328,11 +332,14 @@ def activity(
             together with the recorded outcome, or not at all.
         timeout: seconds (or a ``timedelta``) that one attempt may take. A plain ``def`` can't be
             interrupted: its attempt counts as failed, while its thread runs on.
+        compensate: another activity that undoes this one, when the workflow fails or is cancelled after it has
+            completed. It gets this one's arguments by name, and what it returned as ``result``, as far as it takes
+            them.
         catalogue: where the name is registered.
 
     Raises:
         DuplicateNameError: the name is taken.
-        DefinitionError: this can't be an activity.
+        DefinitionError: this can't be an activity, or can't be undone by that one.
 
     Example:
         >>> @activity(retry=RetryPolicy.fixed(3, 0.5), catalogue=Catalogue())
@@ -343,7 +350,12 @@ def activity(
     def define(function: Callable[..., Any]) -> Activity[..., Any]:
         _check_function(function, "activity")
         definition: Activity[..., Any] = Activity(
-            function, _checked_name(name, function), retry=retry, transactional=transactional, timeout=timeout
+            function,
+            _checked_name(name, function),
+            retry=retry,
+            transactional=transactional,
+            timeout=timeout,
+            compensate=compensate,
         )
         catalogue.add_activity(definition)
         return definition
@@ -454,6 +466,30 @@ def _is_name(text: Any) -> bool:
         and 1 <= len(text) <= MAX_NAME
         and not any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in text)
     )
+
+
+def _checked_compensation(
+    name: str, fn: Callable[..., Any], compensate: Activity[..., Any] | None
+) -> Activity[..., Any] | None:
+    if compensate is None:
+        return None
+    if not isinstance(compensate, Activity):
+        raise DefinitionError(
+            f"activity {name!r}: compensate={compensate!r} is no activity; give it @activity, for it runs durably, too"
+        )
+    known = {*inspect.signature(fn).parameters, "result"}
+    for parameter in inspect.signature(compensate.fn).parameters.values():
+        is_needed = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+            parameter.POSITIONAL_ONLY,
+        )
+        if is_needed and (parameter.name not in known or parameter.kind is parameter.POSITIONAL_ONLY):
+            raise DefinitionError(
+                f"activity {name!r} can't be undone by {compensate.name!r}, which needs {parameter.name!r}: there is "
+                f"no argument of that name. It gets the arguments by name ({', '.join(sorted(known))})"
+            )
+    return compensate
 
 
 def _checked_retry(owner: str, retry: RetryPolicy | None) -> RetryPolicy | None:

@@ -27,6 +27,10 @@ class HandleHost(Protocol):
         """One instance as the database holds it now."""
         ...
 
+    async def cancel(self, instance_id: str, reason: str | None = None) -> bool:
+        """Ask an instance to end."""
+        ...
+
 
 def not_found(instance_id: str) -> InstanceNotFoundError:
     """The error for an id that no instance has."""
@@ -62,6 +66,10 @@ class WorkflowHandle(Generic[R]):
             state = await self._host.wait_for(self._outcome, timeout)
         return self._decode(state)
 
+    async def cancel(self, reason: str | None = None) -> bool:
+        """Ask the instance to end; see :meth:`romancy.App.cancel`."""
+        return await self._host.cancel(self.instance_id, reason)
+
     async def status(self) -> Status:
         """The instance's status now, as the database holds it.
 
@@ -84,7 +92,8 @@ class WorkflowHandle(Generic[R]):
                 assert state.error is not None
                 raise WorkflowFailedError(self.instance_id, decode_info(state.error)) from decode_error(state.error)
             case Status.CANCELLED:
-                raise WorkflowCancelledError(f"instance {self.instance_id} was cancelled, so it has no result")
+                why = "" if state.error is None else f": {decode_info(state.error).message}"
+                raise WorkflowCancelledError(f"instance {self.instance_id} was cancelled, so it has no result{why}")
             case _:
                 info = None if state.error is None else decode_info(state.error)
                 raise WorkflowSuspendedError(self.instance_id, info)

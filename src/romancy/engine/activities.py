@@ -29,6 +29,7 @@ from romancy.errors import (
 )
 from romancy.serde import check_size
 from romancy.storage.failures import database_error, is_lost
+from romancy.storage.mail import Post
 from romancy.storage.rows import HistoryRow
 from romancy.storage.sessions import (
     LONG_TRANSACTION_S,
@@ -90,6 +91,18 @@ class RunnerHost(Protocol):
         """The worker has lost its lease."""
         ...
 
+    def new_mail_id(self) -> str:
+        """An id for something sent."""
+        ...
+
+    def on_post(self, post: Post) -> None:
+        """What became of mail that is durable."""
+        ...
+
+    def hint(self) -> None:
+        """There may be mail: look."""
+        ...
+
 
 class ActivityRunner:
     """Runs the attempts of one worker.
@@ -115,6 +128,18 @@ class ActivityRunner:
         self._threads = ThreadPoolExecutor(threads, "romancy-activity")
         # Commits of sessions must not wait in line behind threads that wait for the lock that they hold.
         self._commit_threads = ThreadPoolExecutor(2, "romancy-commit")
+
+    # -- what activities send (see ActivitySender) -----------------------------------------------------
+
+    @property
+    def max_payload_bytes(self) -> int:
+        return self._host.max_payload_bytes
+
+    def new_mail_id(self) -> str:
+        return self._host.new_mail_id()
+
+    def now_us(self) -> int:
+        return self._host.clock.now_us()
 
     # -- starting ----------------------------------------------------------------------------------
 
@@ -146,6 +171,7 @@ class ActivityRunner:
             operation.attempt + 1,
             self._engines if activity.transactional else None,
             activity.is_async,
+            self,
         )
         context = self._base_context.copy()
         context.run(CURRENT_ACTIVITY.set, attempt.context)
@@ -277,7 +303,7 @@ class ActivityRunner:
         transaction = attempt.context.transaction
         if transaction is None:
             operation.attempt += 1
-            attempt.instance.on_completed(operation, text, value)
+            attempt.instance.on_completed(operation, text, value, attempt.context.outgoing)
         else:
             self._spawn(self._commit(attempt, transaction, text, value))
 
@@ -339,42 +365,54 @@ class ActivityRunner:
         operation.attempt += 1
         if not transaction.is_open:
             await self._close(attempt, transaction)
-            self._loop.call_soon(instance.on_completed, operation, text, value)
+            self._loop.call_soon(instance.on_completed, operation, text, value, attempt.context.outgoing)
             return
         row = await instance.reserve(operation, text)
         is_committed = False
         try:
             if instance.is_gone:
                 await self._close(attempt, transaction)
-                return
-            self._warn_of_length(operation, transaction)
-            arguments = (self._host.worker_id, row, self._host.lease_deadline_us())
-            if is_async:
-                await transaction.commit(*arguments)
             else:
-                await self._in_thread(transaction.commit_in_thread, *arguments)
-            is_committed = True
-        except FencedError as error:
-            self._host.on_fenced(error)
-        except HistoryConflictError as error:
-            instance.on_refused(error)
-        except IntegrityError as error:
-            operation.attempt -= 1
-            self._on_raised(attempt, error)
-        except CommitUnsureError as error:
-            is_committed = await self._find_out(attempt, row)
-            if not is_committed:
-                operation.attempt -= 1
-                self._again(attempt, error)
-        except DatabaseError as error:
-            operation.attempt -= 1
-            self._again(attempt, error)
+                self._warn_of_length(operation, transaction)
+                is_committed = await self._commit_outcome(attempt, transaction, row)
         finally:
             # Workflow code must not run inside this task's step.
             done = self._loop.create_future()
             callbacks = transaction.after_commit if is_committed else []
+            if is_committed and attempt.context.outgoing:
+                # After an unsure commit, what has met is not known here: look.
+                post = transaction.post
+                callbacks.append(self._host.hint if post is None else partial(self._host.on_post, post))
             self._loop.call_soon(self._after_commit, instance, operation, is_committed, value, callbacks, done)
         await done
+
+    async def _commit_outcome(self, attempt: Attempt, transaction: ActivityTransaction, row: HistoryRow) -> bool:
+        """Commit the user's rows, the outcome and what was sent; returns whether they are there."""
+        operation = attempt.operation
+        arguments = (self._host.worker_id, row, self._host.lease_deadline_us(), attempt.context.outgoing)
+        try:
+            if operation.activity.is_async:
+                await transaction.commit(*arguments)
+            else:
+                await self._in_thread(transaction.commit_in_thread, *arguments)
+        except FencedError as error:
+            self._host.on_fenced(error)
+        except HistoryConflictError as error:
+            attempt.instance.on_refused(error)
+        except IntegrityError as error:
+            operation.attempt -= 1
+            self._on_raised(attempt, error)
+        except CommitUnsureError as error:
+            if await self._find_out(attempt, row):
+                return True
+            operation.attempt -= 1
+            self._again(attempt, error)
+        except DatabaseError as error:
+            operation.attempt -= 1
+            self._again(attempt, error)
+        else:
+            return True
+        return False
 
     async def _flush(self, transaction: ActivityTransaction, *, is_async: bool) -> None:
         if is_async:

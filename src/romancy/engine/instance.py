@@ -9,37 +9,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
-from romancy.clock import Clock
 from romancy.context import WorkflowContext
-from romancy.definitions import Activity, CallOptions, Workflow
-from romancy.engine.loop import RUN_READY_CODE, ReadyCallback, TimerCallback, make_loop, start_task
-from romancy.engine.operations import ActivityOperation, CodePlace, Operation, TimerOperation
+from romancy.definitions import DEFAULT_OPTIONS, Activity, CallOptions, Workflow
+from romancy.engine.calls import CallIds, place_in_user_code
+from romancy.engine.gate import Gate
+from romancy.engine.loop import ReadyCallback, TimerCallback, make_loop, start_task
+from romancy.engine.messaging import Messaging, MessagingHost
+from romancy.engine.operations import (
+    ActivityOperation,
+    CodePlace,
+    MailOperation,
+    Operation,
+    RecurOperation,
+    TimerOperation,
+)
 from romancy.engine.replay import Request, compare, expectation
-from romancy.engine.timers import TimerQueue
+from romancy.engine.saga import Saga, Undo, undo_of
 from romancy.errors import (
     DatabaseError,
-    DuplicateNameError,
     ForbiddenInWorkflowError,
     NonDeterminismError,
     RetryExhaustedError,
     RomancyError,
     SerializationError,
+    WorkflowCancelledError,
 )
 from romancy.failures import decode_error, encode_error
 from romancy.model import HistoryKind, Status
 from romancy.retry import RetryPolicy
-from romancy.serde import check_size
+from romancy.serde import check_size, dump_plain, load_json
 from romancy.signature import Arguments
 from romancy.storage.failures import is_conflict
-from romancy.storage.rows import ClaimedRow, HistoryRow, StateRow
-from romancy.storage.writer import Recorder, Writer
+from romancy.storage.mail import CHILD, EVENT, MESSAGE, NEVER_US, REQUEST, SUSPEND, Delivery, Mail, Receipt, Wait
+from romancy.storage.posting import outcome_mail
+from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, RunRow, StateRow
+from romancy.storage.writer import Recorder
 
 logger = logging.getLogger("romancy.engine")
 
@@ -47,21 +55,36 @@ COMPLETED = HistoryKind.ACTIVITY_COMPLETED.value
 FAILED = HistoryKind.ACTIVITY_FAILED.value
 RETRY = HistoryKind.ACTIVITY_RETRY_SCHEDULED.value
 TIMER_EXPIRED = HistoryKind.TIMER_EXPIRED.value
+EXECUTED = HistoryKind.COMPENSATION_EXECUTED.value
+UNDONE_FAILED = HistoryKind.COMPENSATION_FAILED.value
+CANCELLATION = HistoryKind.CANCELLATION_REQUESTED.value
 RUNNING = Status.RUNNING.value
+COMPENSATING = Status.COMPENSATING.value
 WAITING_FOR_TIMER = Status.WAITING_FOR_TIMER.value
+WAITING_FOR_MAIL = (
+    (EVENT, Status.WAITING_FOR_EVENT.value),
+    (MESSAGE, Status.WAITING_FOR_MESSAGE.value),
+    (CHILD, Status.WAITING_FOR_CHILD.value),
+)
+"""What an instance's status says; where it waits for several things, the first of these."""
 
 LATEST_US = 253_402_300_799_000_000
 """The last second of the year 9999, beyond which Python has no dates: later deadlines are taken for this one."""
 
 
-class InstanceHost(Protocol):
+class Ending(NamedTuple):
+    """How a run ended: the status, the history kind if one is recorded, and the result or the error as text."""
+
+    status: Status
+    kind: HistoryKind | None
+    result: str | None
+    error: str | None
+
+
+class InstanceHost(MessagingHost, Protocol):
     """What an instance needs of its worker."""
 
     worker_id: str
-    loop: asyncio.AbstractEventLoop
-    writer: Writer
-    timers: TimerQueue
-    clock: Clock
     max_payload_bytes: int
     default_retry: RetryPolicy
 
@@ -85,6 +108,10 @@ class InstanceHost(Protocol):
         """The instance is no longer live here."""
         ...
 
+    def begin_run(self, last: LiveInstance, row: ClaimedRow, given: Arguments, ticket: int) -> None:
+        """Begin the next run of an instance, whose last row is in the batch of this ticket."""
+        ...
+
 
 class LiveInstance(Recorder):
     """A running instance in this worker's memory.
@@ -99,24 +126,32 @@ class LiveInstance(Recorder):
 
     __slots__ = (
         "_blocked",
+        "_calls",
         "_claims",
         "_context",
-        "_counters",
-        "_explicit_ids",
-        "_gate_queue",
-        "_gate_waiters",
+        "_ending",
+        "_gate",
         "_host",
         "_is_asked",
-        "_is_gated",
+        "_is_cancel_asked",
+        "_is_compensating",
+        "_is_fresh",
         "_is_in_code",
         "_is_waiting_for_commit",
+        "_is_wake_stale",
         "_loop",
+        "_mail",
         "_main",
         "_open_activities",
         "_open_timers",
-        "_position",
+        "_parent_id",
+        "_patches",
         "_recorded_status",
+        "_recorded_wake_us",
+        "_requests",
+        "_saga",
         "_seq",
+        "_successor",
         "_time_us",
         "instance_id",
         "is_gone",
@@ -143,19 +178,27 @@ class LiveInstance(Recorder):
         self.running_count = 0
         self._time_us = row.started_at
         self._seq = 0
-        self._position = 0
-        self._counters: dict[str, int] = {}
-        self._explicit_ids: set[str] | None = None
+        self._calls = CallIds(f"run {row.run} of instance {row.instance_id}")
+        self._mail: Messaging | None = None
+        self._saga: Saga | None = None
+        self._ending: Ending | None = None
+        self._is_compensating = False
+        self._is_cancel_asked = False
+        self._requests: list[Delivery] | None = None
+        self._parent_id = row.parent_id
+        self._patches: dict[str, bool] = {} if row.patches is None else dict.fromkeys(load_json(row.patches), True)
+        self._is_fresh = row.is_fresh
+        self._successor: LiveInstance | None = None
         self._open_activities: dict[str, ActivityOperation] = {}
         self._open_timers: dict[str, TimerOperation] = {}
         self._is_asked: list[Operation] = []
         self._blocked: list[tuple[int, ActivityOperation]] = []
         self._is_waiting_for_commit = False
-        self._is_gated = False
         self._is_in_code = False
-        self._gate_queue: deque[Callable[[], None]] | None = None
-        self._gate_waiters: list[asyncio.Future[None]] | None = None
+        self._gate: Gate | None = None
         self._recorded_status = row.status
+        self._recorded_wake_us = 0
+        self._is_wake_stale = False
         self._claims = row.claims
         self._loop = make_loop(self, host.loop)
         self._context = WorkflowContext(self)
@@ -182,17 +225,23 @@ class LiveInstance(Recorder):
         """
         if self._loop.is_closed():
             raise GeneratorExit
-        place = self._place(2) if self.is_replaying else None
+        place = place_in_user_code(2) if self.is_replaying else None
+        return self._await_activity(self._operation(activity, options, args, kwargs, place))
+
+    def _operation(
+        self,
+        activity: Activity[..., Any],
+        options: CallOptions,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        place: CodePlace | None,
+    ) -> ActivityOperation:
         arguments = activity.signature.encode_arguments(args, kwargs)
         if len(arguments.text) * 4 > self._host.max_payload_bytes:
             check_size(f"the input of activity {activity.name!r}", [arguments.text], self._host.max_payload_bytes)
-        self._position += 1
-        operation_id = self._next_id(activity.name) if options.id is None else self._explicit_id(options.id)
-        if self._explicit_ids is not None and options.id is None and operation_id in self._explicit_ids:
-            raise self._id_taken(operation_id)
-        return self._await_activity(
-            ActivityOperation(operation_id, self._position, place, activity, options, arguments)
-        )
+        calls = self._calls
+        operation_id = calls.next(activity.name) if options.id is None else calls.explicit(options.id)
+        return ActivityOperation(operation_id, calls.position, place, activity, options, arguments)
 
     async def _await_activity(self, operation: ActivityOperation) -> Any:
         if self._loop.is_closed():
@@ -210,10 +259,9 @@ class LiveInstance(Recorder):
         """See :class:`romancy.engine.loop.LoopHost`."""
         if self._loop.is_closed():
             raise GeneratorExit
-        self._position += 1
-        place = self._place(3) if self.is_replaying else None
+        place = place_in_user_code(3) if self.is_replaying else None
         deadline_us = min(deadline_us, LATEST_US)
-        operation = TimerOperation(self._next_id("timer"), self._position, place, deadline_us)
+        operation = TimerOperation(self._calls.next("timer"), self._calls.position, place, deadline_us)
         operation.callback = TimerCallback(self, deadline_us, callback, operation)
         self._open_timers[operation.id] = operation
         self._is_asked.append(operation)
@@ -226,36 +274,56 @@ class LiveInstance(Recorder):
         if operation.deadline is not None:
             operation.deadline.cancel()
 
-    def _next_id(self, name: str) -> str:
-        count = self._counters.get(name, 0) + 1
-        self._counters[name] = count
-        return f"{name}:{count}"
+    @property
+    def mail(self) -> Messaging:
+        """What the instance sends and waits for."""
+        if self._mail is None:
+            self._mail = Messaging(self._host, self)
+        return self._mail
 
-    def _explicit_id(self, operation_id: str) -> str:
-        name, _, count = operation_id.rpartition(":")
-        is_auto = count.isdecimal() and 0 < int(count) <= self._counters.get(name, 0)
-        if self._explicit_ids is None:
-            self._explicit_ids = set()
-        if is_auto or operation_id in self._explicit_ids:
-            raise self._id_taken(operation_id)
-        self._explicit_ids.add(operation_id)
-        return operation_id
+    def new_mail_id(self) -> str:
+        """See :class:`romancy.context.RunningWorkflow`."""
+        return self._host.new_mail_id()
 
-    def _id_taken(self, operation_id: str) -> DuplicateNameError:
-        return DuplicateNameError(
-            f"the activity id {operation_id!r} is used twice in run {self.run} of instance {self.instance_id}: give "
-            f"each call an id of its own, or leave ids to Romancy"
-        )
+    def check_payload(self, what: str, text: str) -> None:
+        """See :class:`romancy.context.RunningWorkflow`."""
+        check_size(what, [text], self._host.max_payload_bytes)
 
-    @staticmethod
-    def _place(depth: int) -> CodePlace | None:
-        """Where in the user's code a request comes from; unknown for a task that begins inside a library."""
-        frame: FrameType | None = sys._getframe(depth)
-        while frame is not None and frame.f_code is not RUN_READY_CODE:
-            if not frame.f_globals.get("__name__", "").startswith(("asyncio", "romancy.")):
-                return CodePlace(frame.f_code, frame.f_lasti)
-            frame = frame.f_back
-        return None
+    # -- what its mail needs of it (see MessagingInstance) ---------------------------------------------
+
+    @property
+    def recorder(self) -> Recorder:
+        return self
+
+    def request(self, name: str) -> tuple[str, int, CodePlace | None]:
+        if self._loop.is_closed():
+            raise GeneratorExit
+        place = place_in_user_code(4) if self.is_replaying else None
+        return self._calls.next(name), self._calls.position, place
+
+    def ask(self, operation: Operation) -> None:
+        self._is_asked.append(operation)
+
+    def future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self._loop)
+
+    def when_open(self, action: Callable[[], None]) -> bool:
+        if self._is_gated:
+            assert self._gate is not None
+            self._gate.after(action)
+            return False
+        return True
+
+    def record(
+        self, kind: str, operation: Operation, *, result: str | None = None, error: str | None = None
+    ) -> HistoryRow:
+        event = self._event(kind, operation, result=result, error=error)
+        self._record(event)
+        return event
+
+    def go_on(self, future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+        self._resolve(future, value, error)
+        self._advance()
 
     def _abandon(self, operation: ActivityOperation) -> None:
         """The workflow's await was cancelled; a result that still comes in is recorded, and waits for nobody."""
@@ -288,11 +356,11 @@ class LiveInstance(Recorder):
             logger.warning("workflow %s called sys.exit(); taken as a failure", self.workflow_name)
         finally:
             self._is_in_code = False
-        if self._main.done():
-            if not self.is_replaying:
-                self._end()
-        elif not self.is_replaying:
-            self._start_asked()
+        if not self.is_replaying:
+            if self._main.done():
+                self._on_main_done()
+            else:
+                self._start_asked()
 
     def _start_asked(self) -> None:
         if self._is_asked:
@@ -301,9 +369,17 @@ class LiveInstance(Recorder):
                 if isinstance(operation, ActivityOperation):
                     if not operation.is_abandoned and not operation.future.done():
                         self._start_activity(operation)
-                elif isinstance(operation, TimerOperation) and operation.id in self._open_timers:
-                    on_deadline = partial(self._on_deadline, operation)
-                    operation.deadline = self._host.timers.add(operation.deadline_us, on_deadline)
+                elif isinstance(operation, TimerOperation):
+                    if operation.id in self._open_timers:
+                        on_deadline = partial(self._on_deadline, operation)
+                        operation.deadline = self._host.timers.add(operation.deadline_us, on_deadline)
+                        self.note_deadline(operation.deadline_us)
+                elif isinstance(operation, RecurOperation):
+                    self._recur(operation)
+                    return
+                else:
+                    assert isinstance(operation, MailOperation)
+                    self.mail.start(operation)
         self._settle()
 
     def _start_activity(self, operation: ActivityOperation) -> None:
@@ -352,34 +428,59 @@ class LiveInstance(Recorder):
         """Note in the database, and with the worker, whether only time is waited for."""
         if self._is_in_code:
             return  # the code has not come to rest; _start_asked settles when it has
+        if self._main.done():
+            self._on_main_done()
+            return
         is_waiting = not (self.running_count or self._blocked or self._is_gated)
-        if is_waiting and not self._open_timers and not self._open_activities:
+        mail = self._mail
+        if mail is not None and mail.open:
+            is_waiting = is_waiting and not mail.is_busy
+        elif is_waiting and not self._open_timers and not self._open_activities:
             self.park(
                 ForbiddenInWorkflowError(
-                    "the workflow waits for something that nothing will ever set: no activity runs, no timer is due. "
-                    "Look for an Event, a Future or a Queue that only this code could fill"
+                    "the workflow waits for something that nothing will ever set: no activity runs, no timer is due, "
+                    "no event or message is waited for. Look for an Event, a Future or a Queue that only this code "
+                    "could fill"
                 )
             )
             return
-        if is_waiting and not any(op.backoff for op in self._open_activities.values()) and self._open_timers:
-            self._record_status(WAITING_FOR_TIMER)
-        elif self._recorded_status != RUNNING:
-            self._record_status(RUNNING)
+        status = self._waiting_status() if is_waiting else self._running_status
+        if status != self._recorded_status or self._is_wake_stale:
+            self._record_status(status)
         if is_waiting or self.is_waiting:
             self.is_waiting = is_waiting
             self._host.on_waiting(self, is_waiting)
 
+    def _waiting_status(self) -> str:
+        """The status of an instance that only waits; one whose activity waits for its next attempt is running."""
+        if self._is_compensating or any(op.backoff for op in self._open_activities.values()):
+            return self._running_status
+        kinds = self._mail.waits_for() if self._mail is not None and self._mail.open else ()
+        return next((status for kind, status in WAITING_FOR_MAIL if kind in kinds), WAITING_FOR_TIMER)
+
+    @property
+    def _running_status(self) -> str:
+        return COMPENSATING if self._is_compensating else RUNNING
+
     def _record_status(self, status: str) -> None:
-        if status == self._recorded_status:
-            return
         self._recorded_status = status
-        wake = self.next_wake_us() if status == WAITING_FOR_TIMER else None
+        # Handed back, a waiting instance sleeps on until then, or until mail comes.
+        wake = None if status in (RUNNING, COMPENSATING) else self.next_wake_us() or NEVER_US
+        self._recorded_wake_us = wake or 0
+        self._is_wake_stale = False
         self._host.writer.record(self, None, self._state(status, owner=self._host.worker_id, ready_at=wake))
 
+    def note_deadline(self, deadline_us: int) -> None:
+        """The code waits for a time; should that come before the one that is recorded, record it."""
+        if deadline_us < self._recorded_wake_us:
+            self._is_wake_stale = True
+
     def next_wake_us(self) -> int | None:
-        """The earliest deadline of a timer or a backoff."""
+        """The earliest deadline of a timer, a backoff or a wait."""
         deadlines = [timer.deadline_us for timer in self._open_timers.values()]
         deadlines += [op.due_us for op in self._open_activities.values() if op.backoff is not None]
+        if self._mail is not None and (deadline_us := self._mail.next_deadline_us()):
+            deadlines.append(deadline_us)
         return min(deadlines, default=None)
 
     # -- outcomes ----------------------------------------------------------------------------------
@@ -396,33 +497,32 @@ class LiveInstance(Recorder):
             self._open_activities.pop(operation.id, None)
             self._settle()
 
-    def on_completed(self, operation: ActivityOperation, text: str, value: Any) -> None:
-        """Record an activity's result and let the workflow go on with it."""
-        if self._is_gated:
-            self._after_gate(lambda: self.on_completed(operation, text, value))
+    def on_completed(self, operation: ActivityOperation, text: str, value: Any, outgoing: Sequence[Mail] = ()) -> None:
+        """Record an activity's result, with what it sends, and let the workflow go on with it."""
+        if self._is_gated and not self.when_open(lambda: self.on_completed(operation, text, value, outgoing)):
             return
         self._attempt_over(operation)
         if self.is_gone:
             return
-        self._record(self._event(COMPLETED, operation, result=text))
+        self._record(self._event(EXECUTED if operation.is_compensation else COMPLETED, operation, result=text))
+        if outgoing:
+            self._host.writer.record_mail(self, outgoing)
         self._deliver(operation, value, None)
 
     def on_failed(self, operation: ActivityOperation, error: BaseException) -> None:
         """Record that an activity failed for good and raise in the workflow what replay will raise."""
-        if self._is_gated:
-            self._after_gate(lambda: self.on_failed(operation, error))
+        if self._is_gated and not self.when_open(lambda: self.on_failed(operation, error)):
             return
         self._attempt_over(operation)
         if self.is_gone:
             return
         text = encode_error(error)
-        self._record(self._event(FAILED, operation, error=text))
+        self._record(self._event(UNDONE_FAILED if operation.is_compensation else FAILED, operation, error=text))
         self._deliver(operation, None, decode_error(text))
 
     def on_retry(self, operation: ActivityOperation, error: BaseException, wait_s: float) -> None:
         """Record a failed attempt and when the next one is due, then wait for that."""
-        if self._is_gated:
-            self._after_gate(lambda: self.on_retry(operation, error, wait_s))
+        if self._is_gated and not self.when_open(lambda: self.on_retry(operation, error, wait_s)):
             return
         self._attempt_over(operation)
         if self.is_gone:
@@ -443,6 +543,8 @@ class LiveInstance(Recorder):
 
     def _deliver(self, operation: ActivityOperation, value: Any, error: BaseException | None) -> None:
         self._open_activities.pop(operation.id, None)
+        if error is None and operation.activity.compensate is not None:
+            self._add_undo(undo_of(operation, value))
         self._resolve(operation.future, value, error)
         self._advance()
 
@@ -463,8 +565,7 @@ class LiveInstance(Recorder):
         """A timer is due: record it and let the workflow go on."""
         if self.is_gone or operation.id not in self._open_timers:
             return
-        if self._is_gated:
-            self._after_gate(lambda: self._on_deadline(operation))
+        if self._is_gated and not self.when_open(lambda: self._on_deadline(operation)):
             return
         del self._open_timers[operation.id]
         self._time_us = max(self._time_us, operation.deadline_us)
@@ -495,6 +596,8 @@ class LiveInstance(Recorder):
         attempt, arguments = 0, None
         if isinstance(operation, ActivityOperation):
             attempt, arguments = operation.attempt, operation.arguments.text
+        elif isinstance(operation, MailOperation):
+            arguments = operation.input
         return HistoryRow(
             self.instance_id,
             self.run,
@@ -519,34 +622,26 @@ class LiveInstance(Recorder):
         Until :meth:`settle_reserved` no other event of this instance is delivered, so that the order in history
         is the order in which the workflow saw things.
         """
-        while self._is_gated:
-            if self._gate_waiters is None:
-                self._gate_waiters = []
-            waiter = asyncio.get_running_loop().create_future()
-            self._gate_waiters.append(waiter)
-            await waiter
-        self._is_gated = True
-        return self._event(COMPLETED, operation, result=text)
+        if self._gate is None:
+            self._gate = Gate()
+        await self._gate.shut()
+        return self._event(EXECUTED if operation.is_compensation else COMPLETED, operation, result=text)
 
     def settle_reserved(self, operation: ActivityOperation, *, is_committed: bool, value: Any) -> None:
         """The transaction is over; deliver its outcome, if it has one, and what waited behind it."""
-        self._is_gated = False
+        gate = self._gate
+        assert gate is not None
+        gate.open()
         if is_committed and not self.is_gone:
             self._attempt_over(operation)
             self._deliver(operation, value, None)
-        while not self._is_gated and self._gate_queue:
-            self._gate_queue.popleft()()
-        waiters, self._gate_waiters = self._gate_waiters, None
-        for waiter in waiters or ():
-            if not waiter.done():
-                waiter.set_result(None)
-        if not self.is_gone and not self._is_gated:
+        gate.let_pass()
+        if not self.is_gone and not gate.is_shut:
             self._settle()
 
-    def _after_gate(self, action: Callable[[], None]) -> None:
-        if self._gate_queue is None:
-            self._gate_queue = deque()
-        self._gate_queue.append(action)
+    @property
+    def _is_gated(self) -> bool:
+        return self._gate is not None and self._gate.is_shut
 
     # -- replay ------------------------------------------------------------------------------------
 
@@ -564,17 +659,23 @@ class LiveInstance(Recorder):
             self._loop.run_ready()
         except ForbiddenInWorkflowError as error:
             self.park(error)
+            return
         except SystemExit:
             logger.warning("workflow %s called sys.exit(); taken as a failure", self.workflow_name)
+        self._note_end()
 
     def _replay_one(self, event: HistoryRow) -> bool:
         self._seq = event.seq
-        assert event.operation_id is not None
-        is_timer = event.kind == TIMER_EXPIRED
-        operation: Operation | None = (
-            self._open_timers.get(event.operation_id) if is_timer else self._open_activities.get(event.operation_id)
-        )
-        if self._main.done():
+        if event.kind == CANCELLATION:
+            self._time_us = event.at
+            self._cancel_main(event.input)
+            self._run_replay()
+            return not self.is_gone
+        operation = self._open_operation(event)
+        if operation is None and self._main.done() and self._begin_compensation():
+            self._run_replay()
+            operation = self._open_operation(event)
+        if operation is None and self._main.done():
             place = f"{self.workflow.place}"
             self.park(NonDeterminismError(self.instance_id, expectation(event), "the end of the workflow", place))
             return False
@@ -588,6 +689,9 @@ class LiveInstance(Recorder):
             self._time_us = event.at
             del self._open_timers[operation.id]
             self._loop.make_ready(operation.callback.ready)
+        elif isinstance(operation, MailOperation):
+            self._time_us = event.at
+            self._resolve(operation.future, *self.mail.replay(operation, event))
         elif isinstance(operation, ActivityOperation):
             operation.attempt = event.attempt
             if event.kind == RETRY:
@@ -605,23 +709,39 @@ class LiveInstance(Recorder):
         return not self.is_gone
 
     def _replay_outcome(self, operation: ActivityOperation, event: HistoryRow) -> None:
-        if event.kind == COMPLETED:
+        if event.kind in (COMPLETED, EXECUTED):
             value = operation.activity.signature.decode_result(event.result or "null")
+            if operation.activity.compensate is not None:
+                self._add_undo(undo_of(operation, value))
             self._resolve(operation.future, value, None)
         else:
             assert event.error is not None
             self._resolve(operation.future, None, decode_error(event.error))
 
+    def _open_operation(self, event: HistoryRow) -> Operation | None:
+        assert event.operation_id is not None
+        if event.kind == TIMER_EXPIRED:
+            return self._open_timers.get(event.operation_id)
+        found = self._open_activities.get(event.operation_id)
+        if found is None and self._mail is not None:
+            return self._mail.open.get(event.operation_id)
+        return found
+
     def _open(self) -> list[Operation]:
-        return [*self._open_activities.values(), *self._open_timers.values()]
+        mail = self._mail.open.values() if self._mail is not None else ()
+        return [*self._open_activities.values(), *self._open_timers.values(), *mail]
 
     def _request(self, operation: Operation | None) -> Any:
         if operation is None:
             return None
         if isinstance(operation, ActivityOperation):
             same = operation.activity.signature.same_arguments if self.workflow.compare_inputs else None
-            return Request(operation.id, operation.name, operation.position, False, operation.arguments.text, same)
-        return Request(operation.id, operation.name, operation.position, True, None, None)
+            return Request(
+                operation.id, operation.name, operation.position, operation.answers, operation.arguments.text, same
+            )
+        text = operation.input if isinstance(operation, MailOperation) else None
+        same_text = str.__eq__ if self.workflow.compare_inputs else None
+        return Request(operation.id, operation.name, operation.position, operation.answers, text, same_text)
 
     def _find_place(self, operation_id: str) -> CodePlace | None:
         return next((op.place for op in self._open() if op.id == operation_id), None)
@@ -635,17 +755,97 @@ class LiveInstance(Recorder):
         self.is_replaying = False
         for operation in [op for op in self._open_activities.values() if op.is_abandoned]:
             del self._open_activities[operation.id]
-        self._is_asked = [op for op in self._is_asked if op.id in self._open_activities or op.id in self._open_timers]
-        self._advance()
+        still_open = {id(operation) for operation in self._open()}
+        self._is_asked = [operation for operation in self._is_asked if id(operation) in still_open]
+        if self._mail is not None:
+            self._mail.go_live()
+        requests, self._requests = self._requests, None
+        for request in requests or ():
+            if not self.is_gone:
+                self._on_request(request)
+        if not self.is_gone:
+            self._advance()
+
+    def know_mail(self, deliveries: Sequence[Delivery], waits: Sequence[Wait]) -> None:
+        """What the database has for this instance, which has just been claimed."""
+        requests = [delivery for delivery in deliveries if delivery.kind == REQUEST]
+        self._requests = requests or None
+        if waits or len(requests) < len(deliveries):
+            self.mail.know([delivery for delivery in deliveries if delivery.kind != REQUEST], waits)
+
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Mail has come."""
+        if self.is_gone:
+            return
+        if delivery.kind != REQUEST:
+            self.mail.on_delivery(delivery)
+        elif self.is_replaying:
+            self._requests = [*(self._requests or ()), delivery]
+        elif self.when_open(lambda: self.on_delivery(delivery)):
+            self._on_request(delivery)
+
+    def _on_request(self, request: Delivery) -> None:
+        """Somebody asks for the end of this instance, or for a rest."""
+        self._host.writer.record_mail(self, [Receipt(*request[:3])])
+        if request.name == SUSPEND:
+            self._leave_as(Status.SUSPENDED, None)
+        elif not self._is_cancel_asked and self._ending is None:
+            self._seq += 1
+            self._time_us = max(self._time_us, self._host.clock.now_us())
+            self._record(self._own_event(CANCELLATION, text=request.body))
+            self._cancel_main(request.body)
+            self._advance()
+
+    def _cancel_main(self, text: str | None) -> None:
+        self._is_cancel_asked = True
+        self._main.cancel(load_json(text or "{}").get("reason") or "cancelled")
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def _end(self) -> None:
-        """Record how the workflow ended; its last outcome and this share a commit."""
+    def _on_main_done(self) -> None:
+        """The code has ended: undo what it did, if it failed, and record how it ended."""
+        self._note_end()
+        if self._ending is None:
+            return  # parked
+        if self._ending.status is not Status.COMPLETED:
+            if self._mail is not None:
+                self._mail.cancel_children()
+            if self.running_count or self._is_gated:
+                return  # what can't be interrupted ends first, and is undone, too
+            if self._begin_compensation():
+                self._record_status(COMPENSATING)
+                self._advance()
+                return
+        self._finish(self._ending)
+
+    def _note_end(self) -> None:
+        """Once the code has ended, whether live or on replay: how, and nothing else of it goes on."""
+        if self._ending is None and self._main.done():
+            self._ending = self._how_main_ended()
+            if self._ending is not None and self._ending.status is not Status.COMPLETED:
+                self._give_up_the_rest()
+
+    def _give_up_the_rest(self) -> None:
+        """The run has failed: nothing of it goes on but attempts that can't be interrupted."""
+        for task in self._loop.tasks:
+            task.cancel()
+        self._is_in_code = True
+        try:
+            self._loop.run_ready()
+        except ForbiddenInWorkflowError as error:
+            logger.warning("instance %s: clean-up code went on without end: %s", self.instance_id, error)
+        finally:
+            self._is_in_code = False
+        for operation in list(self._open_activities.values()):
+            self._abandon(operation)
+        for timer in list(self._open_timers.values()):
+            timer.callback.cancel()
+        self._is_asked = []
+
+    def _how_main_ended(self) -> Ending | None:
         main = self._main
         if main.cancelled():
-            self._finish(Status.CANCELLED, HistoryKind.WORKFLOW_CANCELLED, None, None)
-            return
+            return Ending(Status.CANCELLED, HistoryKind.WORKFLOW_CANCELLED, None, self._why_cancelled())
         error = main.exception()
         if error is None:
             try:
@@ -656,46 +856,128 @@ class LiveInstance(Recorder):
             except RomancyError as failure:
                 error = failure
             else:
-                self._finish(Status.COMPLETED, None, text, None)
-                return
+                return Ending(Status.COMPLETED, None, text, None)
         if isinstance(error, ForbiddenInWorkflowError):
             self.park(error)
-            return
-        self._finish(Status.FAILED, HistoryKind.WORKFLOW_FAILED, None, encode_error(error))
+            return None
+        return Ending(Status.FAILED, HistoryKind.WORKFLOW_FAILED, None, encode_error(error))
 
-    def _finish(self, status: Status, kind: HistoryKind | None, result: str | None, error: str | None) -> None:
+    def _why_cancelled(self) -> str:
+        try:
+            self._main.result()
+        except asyncio.CancelledError as error:
+            return encode_error(WorkflowCancelledError(str(error) or "cancelled"))
+        raise AssertionError
+
+    # -- sagas -------------------------------------------------------------------------------------
+
+    def on_failure(self, undo: Activity[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See :class:`romancy.context.RunningWorkflow`."""
+        undo.signature.encode_arguments(args, kwargs)  # what can't be stored is an error now, not in an emergency
+        self._add_undo(Undo(undo, args, kwargs))
+
+    def _add_undo(self, undo: Undo | None) -> None:
+        if undo is not None:
+            if self._saga is None:
+                self._saga = Saga()
+            self._saga.add(undo)
+
+    def _begin_compensation(self) -> bool:
+        """Whether there is something to undo, once; if so, the undoing is the code from here on."""
+        main = self._main
+        has_failed = main.cancelled() or main.exception() is not None
+        if not has_failed or not self._saga or self._is_compensating:
+            return False
+        self._is_compensating = True
+        self._main = start_task(self._loop, self._saga.compensate(self._call_undo), "compensation")
+        return True
+
+    def _call_undo(self, undo: Undo) -> Coroutine[Any, Any, Any]:
+        operation = self._operation(undo.activity, DEFAULT_OPTIONS, undo.args, undo.kwargs, None)
+        operation.is_compensation = True
+        return self._await_activity(operation)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _finish(self, ending: Ending) -> None:
+        """Record how the run ended; its last outcome and this share a commit."""
         host = self._host
         self._time_us = max(self._time_us, host.clock.now_us())
         event = None
-        if kind is not None:
+        if ending.kind is not None:
             self._seq += 1
-            event = HistoryRow(
-                self.instance_id,
-                self.run,
-                self._seq,
-                kind,
-                None,
-                None,
-                None,
-                0,
-                self._time_us,
-                None,
-                None,
-                None,
-                error,
-            )
-        state = StateRow(self.instance_id, status.value, None, None, self._time_us, self._time_us, result, error)
+            event = self._own_event(ending.kind.value, error=ending.error)
+        state = StateRow(
+            self.instance_id, ending.status.value, None, None, self._time_us, self._time_us, ending.result, ending.error
+        )
+        if self._mail is not None:
+            self._mail.close()
+        if self._parent_id is not None:
+            host.writer.record_mail(self, [outcome_mail(host.new_mail_id(), self._parent_id, state)])
         ticket = host.writer.record(self, event, state)
         self._leave_memory()
         host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
+
+    # -- further runs ------------------------------------------------------------------------------
+
+    async def recur(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        """See :class:`romancy.context.RunningWorkflow`."""
+        given = self.workflow.signature.encode_input(args, kwargs)
+        check_size(f"the input of workflow {self.workflow_name!r}", [given.text], self._host.max_payload_bytes)
+        self.ask(RecurOperation(*self.request("recur"), given))
+        await self.future()
+        raise AssertionError("a run that has ended goes on")
+
+    def _recur(self, operation: RecurOperation) -> None:
+        """End this run and begin the next, in one transaction."""
+        if self.is_gone or not self.when_open(partial(self._recur, operation)):
+            return
+        host, given = self._host, operation.given
+        self._seq += 1
+        self._time_us = max(self._time_us, host.clock.now_us())
+        self._record(self._own_event(HistoryKind.WORKFLOW_RECURRED.value, text=given.text))
+        if self._mail is not None:
+            self._mail.withdraw_all()
+        row = RunRow(self.instance_id, self.run + 1, self._time_us, self.workflow.source_hash, given.text)
+        host.writer.record_change(self, row)
+        ticket = self.ticket
+        claimed = ClaimedRow(
+            self.instance_id, row.run, self.workflow_name, RUNNING, 0, row.started_at, row.input, self._parent_id
+        )
+        self._leave_memory()
+        host.begin_run(self, claimed, given, ticket)
+
+    def succeeded_by(self, instance: LiveInstance) -> None:
+        """The next run: should the database refuse this one's end, that run is nobody's, either."""
+        self._successor = instance
+
+    def patched(self, change_id: str) -> bool:
+        """See :class:`romancy.context.RunningWorkflow`."""
+        known = self._patches.get(change_id)
+        if known is None:
+            known = self._patches[change_id] = self._is_fresh or not self.is_replaying
+            if known:
+                met = sorted(change for change, is_in in self._patches.items() if is_in)
+                self._host.writer.record_change(self, PatchRow(self.instance_id, dump_plain(met)))
+        return known
+
+    # -- leaving -----------------------------------------------------------------------------------
+
+    def _own_event(self, kind: str, *, text: str | None = None, error: str | None = None) -> HistoryRow:
+        """A row of history that answers no request."""
+        return HistoryRow(
+            self.instance_id, self.run, self._seq, kind, None, None, None, 0, self._time_us, None, text, None, error
+        )
 
     def park(self, error: BaseException) -> None:
         """Set the instance aside as suspended, its history untouched, until somebody resumes it."""
         if self.is_gone:
             return
-        text = encode_error(error)
         logger.error("instance %s of workflow %s is suspended: %s", self.instance_id, self.workflow_name, error)
-        state = self._state(Status.SUSPENDED.value, owner=None, ready_at=None, error=text)
+        self._leave_as(Status.SUSPENDED, encode_error(error))
+
+    def _leave_as(self, status: Status, error: str | None) -> None:
+        state = self._state(status.value, owner=None, ready_at=None, error=error)
         ticket = self._host.writer.record(self, None, state)
         host = self._host
         self._leave_memory()
@@ -715,6 +997,8 @@ class LiveInstance(Recorder):
 
     def on_refused(self, error: DatabaseError) -> None:
         """Somebody else wrote this history: leave it to them. What the database can't hold parks the instance."""
+        if self._successor is not None:
+            self._successor.on_refused(error)
         if self.is_gone:
             return
         if not is_conflict(error):
@@ -737,6 +1021,8 @@ class LiveInstance(Recorder):
         for timer in self._open_timers.values():
             if timer.deadline is not None:
                 timer.deadline.cancel()
+        if self._mail is not None:
+            self._mail.forget()
         self._loop.discard()
         # Break the cycles here, or each instance would have to wait for the garbage collector.
         del self._loop, self._main, self._context
@@ -744,6 +1030,7 @@ class LiveInstance(Recorder):
         self._open_timers = {}
         self._is_asked = []
         self._blocked = []
+        self._mail = None
         self._host.on_gone(self)
 
 

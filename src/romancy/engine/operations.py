@@ -1,15 +1,17 @@
-"""What workflow code has asked for and waits for: activities and timers, each with its place in the run."""
+"""What workflow code has asked for and waits for: activities, timers, mail; each with its place in the run."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
-from romancy.definitions import Activity, CallOptions
+from romancy.definitions import Activity, CallOptions, Workflow
 from romancy.engine.loop import TimerCallback
 from romancy.engine.timers import Deadline
 from romancy.signature import Arguments
+from romancy.storage.mail import Mail, Wait
 
 TIMER = "timer"
 
@@ -38,9 +40,11 @@ class Operation:
         id: ``name:counter``, or what the call's options say.
         position: how many-eth request of the run it is, timers included; the same on every replay.
         place: where it was asked for; known during replay only.
+        answers: what kind of request this is, in the words of :data:`romancy.engine.replay.ANSWERS`.
     """
 
     __slots__ = ("id", "place", "position")
+    answers: str
 
     def __init__(self, operation_id: str, position: int, place: CodePlace | None) -> None:
         self.id = operation_id
@@ -68,6 +72,7 @@ class ActivityOperation(Operation):
         running: the attempt in progress, owned by the runner.
         backoff: the deadline of the next attempt while it waits.
         is_abandoned: the workflow no longer waits for it.
+        is_compensation: it undoes another activity.
     """
 
     __slots__ = (
@@ -79,6 +84,7 @@ class ActivityOperation(Operation):
         "first_attempt_us",
         "future",
         "is_abandoned",
+        "is_compensation",
         "options",
         "running",
     )
@@ -106,10 +112,15 @@ class ActivityOperation(Operation):
         self.running: Any = None
         self.backoff: Deadline | None = None
         self.is_abandoned = False
+        self.is_compensation = False
 
     @property
     def name(self) -> str:
         return self.activity.name
+
+    @property
+    def answers(self) -> str:  # type: ignore[override]
+        return "compensation" if self.is_compensation else "activity"
 
 
 class TimerOperation(Operation):
@@ -122,6 +133,7 @@ class TimerOperation(Operation):
     """
 
     __slots__ = ("callback", "deadline", "deadline_us")
+    answers = "timer"
 
     def __init__(self, operation_id: str, position: int, place: CodePlace | None, deadline_us: int) -> None:
         super().__init__(operation_id, position, place)
@@ -132,3 +144,120 @@ class TimerOperation(Operation):
     @property
     def name(self) -> str:
         return TIMER
+
+
+class MailOperation(Operation):
+    """A wait for mail, or something sent.
+
+    Attributes:
+        future: what the workflow awaits.
+        input: what history records beside the name; replay compares it.
+    """
+
+    __slots__ = ("_name", "answers", "future", "input")
+
+    def __init__(
+        self, operation_id: str, position: int, place: CodePlace | None, answers: str, name: str, text: str | None
+    ) -> None:
+        super().__init__(operation_id, position, place)
+        self._name = name
+        self.answers = answers
+        self.input = text
+        self.future: asyncio.Future[Any]
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+
+class WaitOperation(MailOperation):
+    """A wait for an event, a message, or the end of a child.
+
+    Attributes:
+        wait: how the database knows it.
+        deadline_us: when its time is over; 0: never.
+        deadline: its place in the worker's timers, once it is live.
+        is_registered: the database has it, or has had it.
+    """
+
+    __slots__ = ("deadline", "deadline_us", "is_registered", "wait")
+
+    def __init__(
+        self,
+        operation_id: str,
+        position: int,
+        place: CodePlace | None,
+        answers: str,
+        wait: Wait,
+        text: str | None,
+        deadline_us: int,
+    ) -> None:
+        super().__init__(operation_id, position, place, answers, wait.name, text)
+        self.wait = wait
+        self.deadline_us = deadline_us
+        self.deadline: Deadline | None = None
+        self.is_registered = False
+
+
+class SendOperation(MailOperation):
+    """Something that the workflow sends; recorded with what it sends.
+
+    Attributes:
+        kind: the history kind that records it.
+        mail: makes what is sent, once it is sent.
+    """
+
+    __slots__ = ("kind", "mail")
+
+    def __init__(
+        self,
+        operation_id: str,
+        position: int,
+        place: CodePlace | None,
+        answers: str,
+        name: str,
+        text: str | None,
+        kind: str,
+        mail: Callable[[], Sequence[Mail]],
+    ) -> None:
+        super().__init__(operation_id, position, place, answers, name, text)
+        self.kind = kind
+        self.mail = mail
+
+
+class ChildOperation(SendOperation):
+    """The start of a child.
+
+    Attributes:
+        workflow: what it runs.
+        child_id: its instance id.
+        stored_input: its input, as text.
+        is_keyed: the id came from the user, and may be taken.
+        is_followed: the child is cancelled when its parent fails or is cancelled.
+    """
+
+    __slots__ = ("child_id", "is_followed", "is_keyed", "stored_input", "workflow")
+    workflow: Workflow[..., Any]
+    child_id: str
+    stored_input: str
+    is_keyed: bool
+    is_followed: bool
+
+
+class RecurOperation(Operation):
+    """The end of this run, and the beginning of the next.
+
+    Attributes:
+        given: the input of the next run.
+    """
+
+    __slots__ = ("given",)
+    answers = "recur"
+
+    def __init__(self, operation_id: str, position: int, place: CodePlace | None, given: Arguments) -> None:
+        super().__init__(operation_id, position, place)
+        self.given = given
+
+    @property
+    def name(self) -> str:
+        return "recur"

@@ -11,7 +11,26 @@ from dataclasses import dataclass
 from romancy.model import HistoryKind
 from romancy.storage.rows import HistoryRow
 
-TIMER_EVENTS = frozenset({HistoryKind.TIMER_EXPIRED})
+ANSWERS: dict[str, str] = {
+    HistoryKind.ACTIVITY_COMPLETED: "activity",
+    HistoryKind.ACTIVITY_FAILED: "activity",
+    HistoryKind.COMPENSATION_EXECUTED: "compensation",
+    HistoryKind.COMPENSATION_FAILED: "compensation",
+    HistoryKind.TIMER_EXPIRED: "timer",
+    HistoryKind.EVENT_RECEIVED: "event",
+    HistoryKind.EVENT_TIMEOUT: "event",
+    HistoryKind.CHANNEL_MESSAGE_RECEIVED: "message",
+    HistoryKind.MESSAGE_TIMEOUT: "message",
+    HistoryKind.EVENT_SENT: "sent event",
+    HistoryKind.CHANNEL_MESSAGE_SENT: "sent message",
+    HistoryKind.CHANNEL_SUBSCRIBED: "subscription",
+    HistoryKind.CHANNEL_UNSUBSCRIBED: "end of a subscription",
+    HistoryKind.CHILD_STARTED: "start of a child",
+    HistoryKind.CHILD_REFUSED: "start of a child",
+    HistoryKind.CHILD_ENDED: "child",
+}
+"""Which kind of request an event answers. The others answer any: a retry, an activity or its compensation; a refusal,
+whatever a channel refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +38,15 @@ class Request:
     """A request of the code, as far as replay compares it.
 
     Attributes:
-        is_timer: an activity and a timer never answer for each other.
-        arguments: the stored form of an activity's arguments; ``None`` for timers.
+        answers: its kind, in the words of :data:`ANSWERS`; requests of different kinds never stand for each other.
+        arguments: the stored form of an activity's arguments, or what else is recorded; ``None`` for timers.
         same_arguments: whether two stored forms mean the same; ``None``: arguments are not compared.
     """
 
     operation_id: str
     name: str
     position: int
-    is_timer: bool
+    answers: str
     arguments: str | None
     same_arguments: Callable[[str, str], bool] | None
 
@@ -58,8 +77,8 @@ def compare(event: HistoryRow, request: Request | None, others: Callable[[], Ite
         first = min(others(), key=lambda other: other.position, default=None)
         found = "no request at all" if first is None else _describe(first)
         return Mismatch(expected, found, first)
-    is_timer = event.kind in TIMER_EVENTS
-    if (request.name, request.position, request.is_timer) != (event.name, event.position, is_timer):
+    answers = ANSWERS.get(event.kind, request.answers)
+    if (request.name, request.position, request.answers) != (event.name, event.position, answers):
         return Mismatch(expected, _describe(request), request)
     if request.same_arguments is None or event.input is None or request.arguments is None:
         return None
@@ -74,13 +93,17 @@ def compare(event: HistoryRow, request: Request | None, others: Callable[[], Ite
 
 def expectation(event: HistoryRow) -> str:
     """An event's request, for messages."""
-    what = "timer" if event.kind in TIMER_EVENTS else f"activity {event.name!r}"
-    return f"{what} as {event.operation_id} (request {event.position})"
+    return (
+        f"{_what(ANSWERS.get(event.kind, 'activity'), event.name)} as {event.operation_id} (request {event.position})"
+    )
 
 
 def _describe(request: Request) -> str:
-    what = "timer" if request.is_timer else f"activity {request.name!r}"
-    return f"{what} as {request.operation_id} (request {request.position})"
+    return f"{_what(request.answers, request.name)} as {request.operation_id} (request {request.position})"
+
+
+def _what(answers: str, name: str | None) -> str:
+    return answers if answers == "timer" else f"{answers} {name!r}"
 
 
 def _short(text: str) -> str:

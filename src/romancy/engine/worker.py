@@ -29,6 +29,7 @@ from romancy.failures import encode_error
 from romancy.model import Status
 from romancy.retry import RetryPolicy
 from romancy.signature import Arguments
+from romancy.storage.mail import Post
 from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
 from romancy.storage.sessions import SessionEngines
 from romancy.storage.store import Store
@@ -46,6 +47,7 @@ LONGEST_FAREWELL_S = 5.0
 GONE_CHECK_INTERVAL_S = 0.5
 CHANGE_CHECK_INTERVAL_S = 0.02
 BUSY_CHECK_INTERVAL_S = 0.25
+CLEARING_INTERVAL_S = 300.0
 
 
 class WorkerSettings(Protocol):
@@ -60,6 +62,10 @@ class WorkerSettings(Protocol):
     max_payload_bytes: int
     stall_warning_s: float
     default_retry: RetryPolicy
+
+    def new_id(self) -> str:
+        """An id that sorts by time."""
+        ...
 
 
 class WorkerListener(Protocol):
@@ -127,7 +133,7 @@ class Worker:
             CODE_NAMES,
             lambda: self.on_fenced(FencedError(f"worker {self.worker_id} has lost its lease")),
         )
-        self.writer = Writer(store, self.worker_id, self._lease.ride_along, self._on_writer_stopped)
+        self.writer = Writer(store, self.worker_id, self._lease.ride_along, self._on_writer_stopped, self.on_post)
         self._runner = ActivityRunner(self, engines, settings.max_activities, settings.activity_threads)
         self._live: dict[str, LiveInstance] = {}
         self._waiting: OrderedDict[str, LiveInstance] = OrderedDict()
@@ -137,6 +143,8 @@ class Worker:
         self._wants_room = False
         self._claimed: list[ClaimedRow] = []
         self._next_due_us: int | None = None
+        self._may_have_mail = False
+        self._cleared_at = 0.0
         self._is_stopping = False
         self._is_stopped = False
         self._hint = asyncio.Event()
@@ -267,6 +275,7 @@ class Worker:
     def hint(self) -> None:
         """There may be work: look now."""
         self._next_due_us = 0
+        self._may_have_mail = True
         self._hint.set()
 
     def _on_hint_from_thread(self) -> None:
@@ -323,6 +332,68 @@ class Worker:
                 self._next_due_us = wake
                 self._hint.set()
 
+    # -- mail --------------------------------------------------------------------------------------
+
+    def new_mail_id(self) -> str:
+        """See :class:`romancy.engine.messaging.MessagingHost`."""
+        return self._settings.new_id()
+
+    def open_channel(self, channel: str, mode: str | None, subscriber: str | None) -> Future[str | None]:
+        """See :class:`romancy.engine.messaging.MessagingHost`."""
+        return self._store.open_channel(self.worker_id, channel, mode, subscriber)
+
+    def start_child(self, row: StartRow) -> Future[tuple[str, str, str | None] | None]:
+        """See :class:`romancy.engine.messaging.MessagingHost`."""
+        return self._store.start_child(self.worker_id, row)
+
+    def begin_run(self, last: LiveInstance, row: ClaimedRow, given: Arguments, ticket: int) -> None:
+        """See :class:`romancy.engine.instance.InstanceHost`."""
+
+        def begin() -> None:
+            instance = None if self._is_stopping else self._load(row, given)
+            if instance is not None:
+                instance.ticket = ticket
+                last.succeeded_by(instance)
+                instance.begin()
+
+        # In a callback of its own: ten thousand runs in a row must not nest.
+        self._loop.call_soon(begin)
+
+    def on_post(self, post: Post) -> None:
+        """Mail of a durable transaction: what is for live instances goes there at once."""
+        is_for_others = False
+        for delivery in [*post.deliveries, *post.kept]:
+            instance = self._live.get(delivery.instance_id)
+            if instance is None:
+                is_for_others = True
+            else:
+                instance.on_delivery(delivery)
+        if is_for_others:
+            self.hint()
+            self._store.tell_others()
+
+    async def _look_for_mail(self) -> None:
+        """Fetch what others have sent to instances of this worker, and claim those that nobody owns."""
+        while self._may_have_mail and self.room > 0:
+            self._may_have_mail = False
+            deliveries, addressees = await _done(self._store.find_news(self.worker_id))
+            for delivery in deliveries:
+                instance = self._live.get(delivery.instance_id)
+                if instance is not None:
+                    await self._in_callback(partial(instance.on_delivery, delivery))
+            some = addressees[: max(self.room, 0)]
+            if some:
+                rows = await _done(self._store.claim_addressed(self.worker_id, self.clock.now_us(), some))
+                await self._resume(rows)
+                self._may_have_mail = True  # there may be more
+        self._wants_room = self._wants_room or self._may_have_mail
+
+    async def _clear_expired(self) -> None:
+        if self._loop.time() - self._cleared_at >= CLEARING_INTERVAL_S:
+            self._cleared_at = self._loop.time()
+            while await _done(self._store.clear_expired(self.clock.now_us(), CLAIM_SIZE)) >= CLAIM_SIZE:
+                pass
+
     def on_ended(self, instance: LiveInstance, state: StateRow) -> None:
         """See :class:`romancy.engine.instance.InstanceHost`."""
         del instance
@@ -363,15 +434,18 @@ class Worker:
             self._claimed += recovered
         await self._resume_claimed()
         await self._scan()
+        await self._clear_expired()
         next_scan = self._loop.time() + min(SCAN_INTERVAL_S, self._settings.lease_ttl_s / 2)
         while True:
             await self._bury_the_gone()
             await self._take_over()
             await self._claim_due()
+            await self._look_for_mail()
             wait_s = next_scan - self._loop.time()
             if wait_s <= 0:
                 return
-            await self._sleep(min(wait_s, self._seconds_to_next_due(), self._seconds_to_gone_check()))
+            if not self._may_have_mail or self.room <= 0:
+                await self._sleep(min(wait_s, self._seconds_to_next_due(), self._seconds_to_gone_check()))
 
     async def _sleep(self, wait_s: float) -> None:
         self._hint.clear()
@@ -392,7 +466,8 @@ class Worker:
 
     async def _scan(self) -> None:
         """Look at the other workers and at the next due time."""
-        rows, self._next_due_us = await _done(self._store.scan())
+        rows, self._next_due_us, has_mail = await _done(self._store.scan())
+        self._may_have_mail = self._may_have_mail or has_mail
         if all(row.worker_id != self.worker_id or row.state != "alive" for row in rows):
             raise FencedError(f"worker {self.worker_id} has lost its lease")
         self._others = [row for row in rows if row.worker_id != self.worker_id and row.state == "alive"]
@@ -452,9 +527,14 @@ class Worker:
         while self._claimed:
             rows = self._claimed[:CLAIM_SIZE]
             pages = await _done(self._store.read_history([(r.instance_id, r.run, 0) for r in rows], HISTORY_PAGE))
+            deliveries, waits = await _done(self._store.read_mail_of([row.instance_id for row in rows]))
             for row, page in zip(rows, pages, strict=True):
                 instance = await self._in_callback(partial(self._load, row))
                 if instance is not None:
+                    its_deliveries = [mail for mail in deliveries if mail.instance_id == row.instance_id]
+                    its_waits = [wait for wait in waits if wait.instance_id == row.instance_id]
+                    if its_deliveries or its_waits:
+                        instance.know_mail(its_deliveries, its_waits)
                     try:
                         await self._replay(instance, page)
                     except DatabaseError:
@@ -503,6 +583,8 @@ class Worker:
                 continue
             has_changed, seen_writes, looked_at = False, self._store.own_writes, self._loop.time()
             self._listener.on_foreign_change()
+            self._may_have_mail = True
+            self._hint.set()
             due = await _done(self._store.next_due())
             if due is not None and (self._next_due_us is None or due < self._next_due_us):
                 self._next_due_us = due
