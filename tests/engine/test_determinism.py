@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -365,12 +366,13 @@ def event(**changes: Any) -> HistoryRow:
 
 
 def test_rule_accepts_what_fits_and_names_what_does_not() -> None:
-    request = Request("a:1", "a", 1, False, '{"n":1}', str.__eq__)
+    request = Request("a:1", "a", 1, "activity", '{"n":1}', str.__eq__)
     assert compare(event(), request, list) is None
     assert compare(event(position=2), request, list) is not None
     assert compare(event(name="b"), request, list) is not None
     assert compare(event(kind="TimerExpired"), request, list) is not None
     assert compare(event(input='{"n":2}'), request, list) is not None
+    assert compare(event(), replace(request, answers="child"), list) is not None
     nothing = compare(event(), None, list)
     assert nothing is not None
     assert nothing.found == "no request at all"

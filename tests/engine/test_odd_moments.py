@@ -371,20 +371,21 @@ async def test_worker_that_can_no_longer_write_leaves_its_work_to_others(
     async def flow(ctx: WorkflowContext) -> str:
         return await step()
 
-    real = Store._write_parties
     async with App(database) as broken:
         await broken.start_workflow(flow, id="it")
         await reached.wait()
         assert broken._worker is not None
         broken_id = broken._worker.worker_id
 
-        def write(self: Any, link: Any, parties: Any, worker_id: str | None, renew_until: int | None) -> Any:
+        store = type(broken._store)
+        real = store._write_parties
+
+        def write(self: Any, link: Any, batch: Any, parties: Any, worker_id: str | None, *rest: Any) -> Any:
             if worker_id == broken_id:
                 raise DatabaseReadOnlyError("it can't be written")
-            return real(self, link, parties, worker_id, renew_until)
+            return real(self, link, batch, parties, worker_id, *rest)
 
-        monkeypatch.setattr(type(broken._store), "_write_parties", write)
-        real = Store._write_parties if "_write_parties" not in vars(type(broken._store)) else real
+        monkeypatch.setattr(store, "_write_parties", write)
         go.set()
         async with asyncio.timeout(RESULT_TIMEOUT_S):
             while rows(database, "SELECT count(*) FROM romancy_workers WHERE worker_id = ?", broken_id) != [(0,)]:

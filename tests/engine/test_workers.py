@@ -225,8 +225,8 @@ async def test_instances_of_unknown_workflows_do_not_starve_the_others(database:
     with closing(connect(database)) as connection:
         mark = "?" if isinstance(database, Path) else "%s"
         connection.cursor().executemany(
-            f"INSERT INTO romancy_instances VALUES "
-            f"({mark}, 1, 'unknown', 'pending', NULL, 0, 0, 0, NULL, 0, NULL, NULL, '{{}}', NULL, NULL)",
+            f"INSERT INTO romancy_instances (instance_id, run, workflow_name, status, created_at, updated_at, "
+            f"ready_at, claims, input) VALUES ({mark}, 1, 'unknown', 'pending', 0, 0, 0, 0, '{{}}')",
             [(f"u{n}",) for n in range(1000)],
         )
         connection.commit()
