@@ -39,6 +39,7 @@ from romancy.retry import RetryPolicy, Seconds, as_seconds
 from romancy.serde import check_size, dump_plain
 from romancy.starting import check_same, checked_id, pending_row
 from romancy.storage.address import parse_address
+from romancy.storage.again import Fork
 from romancy.storage.filters import JsonScalar
 from romancy.storage.joining import after_commit, insert_start
 from romancy.storage.mail import CANCEL, SUSPEND, Post
@@ -688,6 +689,62 @@ class App:
                 raise not_found(instance_id)
             raise InstanceStateError(f"instance {instance_id!r} is {instance.status}, not suspended: nothing to resume")
         self._hint_worker()
+
+    async def retry(self, instance_id: str) -> WorkflowHandle[Any]:
+        """Let a failed instance go on from what made it fail: the activity is attempted anew, its retries included.
+
+        What was recorded before stays recorded, and is not done again. Failures that the code had coped with stay as
+        they are; where the code itself raised the error, it goes on from its last outcome with the code as it is now.
+        A child whose failure made it fail is retried, too. Its history keeps what was taken back as ``Superseded``.
+
+        What the instance had subscribed to, it is subscribed to again; messages that waited in its mailbox are gone,
+        for it had ended. A handle that has given its outcome keeps it: take the one that this returns.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+            InstanceStateError: it has not failed, or its activities have been compensated.
+            DatabaseError: the database can't take it now; nothing was stored, unless the error says that it is unsure.
+
+        Example:
+            ``result = await (await app.retry("order-5")).result()``
+        """
+        self._check_running()
+        _check_no_open_transaction("retry an instance")
+        await asyncio.wrap_future(self._store.retry(checked_id(instance_id), self._clock.now_us()))
+        self._outcomes.forget(instance_id)
+        self._hint_worker()
+        return await self.get_handle(instance_id)
+
+    async def fork(self, instance_id: str, *, from_activity: str, id: str | None = None) -> WorkflowHandle[Any]:
+        """Start a new instance with the history of another up to an activity, which it does anew, and all after it.
+
+        The other may have ended or not, and is left as it is. The new one has the same workflow, input, random numbers
+        and recorded outcomes, but an id, and so idempotency keys, of its own.
+
+        Args:
+            instance_id: the other.
+            from_activity: the first call whose outcome is not taken over, such as ``"charge:1"``; see
+                :meth:`get_history`. It may also be another recorded operation, such as ``"event:1"``.
+            id: the id of the new instance; by default a new UUID. The same call again returns the same instance.
+
+        Raises:
+            InstanceNotFoundError: there is no such instance.
+            InstanceStateError: its latest run has not recorded this activity; or it had started a child that still
+                runs, whose end it alone will hear of.
+            InstanceConflictError: the id belongs to another instance.
+            DatabaseError: the database can't take it now; nothing was stored, unless the error says that it is unsure.
+
+        Example:
+            ``handle = await app.fork("order-5", from_activity="charge:1")``
+        """
+        self._check_running()
+        _check_no_open_transaction("fork an instance")
+        new_id = self._ids.new_id() if id is None else checked_id(id)
+        mail_ids = iter(self._ids.new_id, None)
+        asked = Fork(checked_id(instance_id), from_activity, new_id, mail_ids, self._clock.now_us())
+        await asyncio.wrap_future(self._store.fork(asked))
+        self._hint_worker()
+        return await self.get_handle(new_id)
 
     async def cancel(self, instance_id: str, reason: str | None = None) -> bool:
         """Ask an instance to end; the request is durable when this returns, and the first one counts.

@@ -42,6 +42,8 @@ class RunningWorkflow(Protocol):
     @property
     def is_replaying(self) -> bool: ...
     @property
+    def seed(self) -> str: ...
+    @property
     def mail(self) -> WorkflowMail: ...
     def workflow_time_us(self) -> int: ...
     def new_mail_id(self) -> str: ...
@@ -394,7 +396,7 @@ class WorkflowContext:
     def random(self) -> Random:
         """A random number generator that gives the same numbers on every replay. Not for secrets."""
         if self._random is None:
-            self._random = Random(f"{self.instance_id}\0{self.run}")
+            self._random = Random(self._workflow.seed)
         return self._random
 
     def uuid4(self) -> uuid.UUID:

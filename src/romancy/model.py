@@ -59,6 +59,9 @@ class HistoryKind(StrEnum):
     COMPENSATION_FAILED = "CompensationFailed"
     CANCELLATION_REQUESTED = "CancellationRequested"
     WORKFLOW_RECURRED = "WorkflowRecurred"
+    WORKFLOW_RETRIED = "WorkflowRetried"
+    WORKFLOW_FORKED = "WorkflowForked"
+    SUPERSEDED = "Superseded"
     WORKFLOW_FAILED = "WorkflowFailed"
     WORKFLOW_CANCELLED = "WorkflowCancelled"
 

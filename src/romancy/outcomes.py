@@ -72,6 +72,10 @@ class Outcomes:
         if outcome is not None:
             outcome.settle(state)
 
+    def forget(self, instance_id: str) -> None:
+        """An instance that had ended goes on: later handles wait for its next end."""
+        self._by_id.pop(instance_id, None)
+
     def awaited(self) -> list[str]:
         """The instances that somebody waits for now."""
         return [outcome.instance_id for outcome in list(self._by_id.values()) if outcome.is_awaited]

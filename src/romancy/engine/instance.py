@@ -27,7 +27,7 @@ from romancy.engine.operations import (
     RecurOperation,
     TimerOperation,
 )
-from romancy.engine.replay import Request, compare, expectation
+from romancy.engine.replay import Request, compare
 from romancy.engine.saga import Saga, Undo, undo_of
 from romancy.errors import (
     DatabaseError,
@@ -43,10 +43,11 @@ from romancy.model import HistoryKind, Status
 from romancy.retry import RetryPolicy
 from romancy.serde import check_size, dump_plain, load_json
 from romancy.signature import Arguments
+from romancy.storage.again import seed_of
 from romancy.storage.failures import is_conflict
 from romancy.storage.mail import CHILD, EVENT, MESSAGE, NEVER_US, REQUEST, SUSPEND, Delivery, Mail, Receipt, Wait
 from romancy.storage.posting import outcome_mail
-from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, RunRow, StateRow
+from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, RunRow, StateRow, SupersededRow
 from romancy.storage.writer import Recorder
 
 logger = logging.getLogger("romancy.engine")
@@ -57,6 +58,8 @@ RETRY = HistoryKind.ACTIVITY_RETRY_SCHEDULED.value
 TIMER_EXPIRED = HistoryKind.TIMER_EXPIRED.value
 EXECUTED = HistoryKind.COMPENSATION_EXECUTED.value
 UNDONE_FAILED = HistoryKind.COMPENSATION_FAILED.value
+SUPERSEDED = HistoryKind.SUPERSEDED.value
+MARKERS = (SUPERSEDED, HistoryKind.WORKFLOW_RETRIED.value, HistoryKind.WORKFLOW_FORKED.value)
 CANCELLATION = HistoryKind.CANCELLATION_REQUESTED.value
 RUNNING = Status.RUNNING.value
 COMPENSATING = Status.COMPENSATING.value
@@ -128,6 +131,7 @@ class LiveInstance(Recorder):
         "_blocked",
         "_calls",
         "_claims",
+        "_compares_inputs",
         "_context",
         "_ending",
         "_gate",
@@ -151,6 +155,7 @@ class LiveInstance(Recorder):
         "_requests",
         "_saga",
         "_seq",
+        "_strays",
         "_successor",
         "_time_us",
         "instance_id",
@@ -159,6 +164,7 @@ class LiveInstance(Recorder):
         "is_waiting",
         "run",
         "running_count",
+        "seed",
         "workflow",
         "workflow_name",
     )
@@ -188,6 +194,10 @@ class LiveInstance(Recorder):
         self._parent_id = row.parent_id
         self._patches: dict[str, bool] = {} if row.patches is None else dict.fromkeys(load_json(row.patches), True)
         self._is_fresh = row.is_fresh
+        self.seed = row.seed or seed_of(row.instance_id, row.run)
+        # A fork has another id than its history was recorded under, and may have passed it on.
+        self._compares_inputs = workflow.compare_inputs and row.seed is None
+        self._strays: list[int] | None = None
         self._successor: LiveInstance | None = None
         self._open_activities: dict[str, ActivityOperation] = {}
         self._open_timers: dict[str, TimerOperation] = {}
@@ -666,47 +676,76 @@ class LiveInstance(Recorder):
 
     def _replay_one(self, event: HistoryRow) -> bool:
         self._seq = event.seq
-        if event.kind == CANCELLATION:
+        if event.kind in MARKERS:
+            self._pass_over(event)
+        elif event.kind == CANCELLATION and self._strays is None:
             self._time_us = event.at
             self._cancel_main(event.input)
             self._run_replay()
-            return not self.is_gone
+        else:
+            operation = self._answered_by(event)
+            if operation is not None:
+                self._answer(operation, event)
+        return not self.is_gone
+
+    def _answered_by(self, event: HistoryRow) -> Operation | None:
+        """The request that the event answers; ``None`` if the code no longer asks for it, or has been parked."""
         operation = self._open_operation(event)
         if operation is None and self._main.done() and self._begin_compensation():
             self._run_replay()
             operation = self._open_operation(event)
-        if operation is None and self._main.done():
-            place = f"{self.workflow.place}"
-            self.park(NonDeterminismError(self.instance_id, expectation(event), "the end of the workflow", place))
-            return False
         mismatch = compare(event, self._request(operation), lambda: map(self._request, self._open()))
-        if mismatch is not None:
-            at = self._find_place(mismatch.request.operation_id) if mismatch.request else None
-            place = str(at) if at else self.workflow.place
-            self.park(NonDeterminismError(self.instance_id, mismatch.expected, mismatch.found, place))
-            return False
-        if isinstance(operation, TimerOperation):
-            self._time_us = event.at
-            del self._open_timers[operation.id]
-            self._loop.make_ready(operation.callback.ready)
-        elif isinstance(operation, MailOperation):
-            self._time_us = event.at
-            self._resolve(operation.future, *self.mail.replay(operation, event))
-        elif isinstance(operation, ActivityOperation):
+        if mismatch is None:
+            return operation
+        if self._strays is not None:
+            self._strays.append(event.seq)
+            return None
+        found, place = mismatch.found, self.workflow.place
+        if operation is None and self._main.done():
+            found = "the end of the workflow"
+        elif mismatch.request is not None:
+            place = str(self._find_place(mismatch.request.operation_id) or place)
+        self.park(NonDeterminismError(self.instance_id, mismatch.expected, found, place))
+        return None
+
+    def _answer(self, operation: Operation, event: HistoryRow) -> None:
+        if isinstance(operation, ActivityOperation):
             operation.attempt = event.attempt
             if event.kind == RETRY:
                 operation.due_us = event.due_at or 0
                 operation.first_attempt_us = int(event.result or event.at)
-                return True
-            self._time_us = event.at
+                return
+        self._time_us = event.at
+        if isinstance(operation, TimerOperation):
+            del self._open_timers[operation.id]
+            self._loop.make_ready(operation.callback.ready)
+        elif isinstance(operation, MailOperation):
+            self._resolve(operation.future, *self.mail.replay(operation, event))
+        elif isinstance(operation, ActivityOperation):
             del self._open_activities[operation.id]
             try:
                 self._replay_outcome(operation, event)
             except SerializationError as error:
                 self.park(error)
-                return False
+                return
         self._run_replay()
-        return not self.is_gone
+
+    def _pass_over(self, event: HistoryRow) -> None:
+        """An event that answers nothing: an outcome that a retry has taken back, or where a retry or a fork went on.
+
+        Between the two, history may have outcomes that the code has only asked for because of the one taken back.
+        """
+        if event.kind == SUPERSEDED:
+            if self._strays is None:
+                self._strays = []
+            operation = self._open_activities.get(event.operation_id or "")
+            if operation is not None:
+                operation.attempt = operation.due_us = operation.first_attempt_us = 0
+        elif self._strays is not None:
+            if self._strays:
+                row = SupersededRow(self.instance_id, self.run, self._strays)
+                self._host.writer.record_change(self, row)
+            self._strays = None
 
     def _replay_outcome(self, operation: ActivityOperation, event: HistoryRow) -> None:
         if event.kind in (COMPLETED, EXECUTED):
@@ -719,12 +758,12 @@ class LiveInstance(Recorder):
             self._resolve(operation.future, None, decode_error(event.error))
 
     def _open_operation(self, event: HistoryRow) -> Operation | None:
-        assert event.operation_id is not None
+        operation_id = event.operation_id or ""
         if event.kind == TIMER_EXPIRED:
-            return self._open_timers.get(event.operation_id)
-        found = self._open_activities.get(event.operation_id)
+            return self._open_timers.get(operation_id)
+        found = self._open_activities.get(operation_id)
         if found is None and self._mail is not None:
-            return self._mail.open.get(event.operation_id)
+            return self._mail.open.get(operation_id)
         return found
 
     def _open(self) -> list[Operation]:
@@ -735,12 +774,12 @@ class LiveInstance(Recorder):
         if operation is None:
             return None
         if isinstance(operation, ActivityOperation):
-            same = operation.activity.signature.same_arguments if self.workflow.compare_inputs else None
+            same = operation.activity.signature.same_arguments if self._compares_inputs else None
             return Request(
                 operation.id, operation.name, operation.position, operation.answers, operation.arguments.text, same
             )
         text = operation.input if isinstance(operation, MailOperation) else None
-        same_text = str.__eq__ if self.workflow.compare_inputs else None
+        same_text = str.__eq__ if self._compares_inputs else None
         return Request(operation.id, operation.name, operation.position, operation.answers, text, same_text)
 
     def _find_place(self, operation_id: str) -> CodePlace | None:

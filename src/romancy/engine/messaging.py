@@ -234,7 +234,7 @@ class Messaging:
         operation.workflow, operation.child_id, operation.stored_input = workflow, child_id, text
         operation.is_keyed, operation.is_followed = is_keyed, is_followed
         await self._answer(operation)
-        return child_id
+        return operation.child_id
 
     async def _on_channel(
         self,
@@ -315,7 +315,8 @@ class Messaging:
         if not instance.when_open(partial(self._send, operation)):
             return
         del self.open[operation.id]
-        instance.record(operation.kind, operation)
+        result = json.dumps(operation.child_id) if isinstance(operation, ChildOperation) else None
+        instance.record(operation.kind, operation, result=result)
         mail: Sequence[Any] = operation.mail()
         if isinstance(operation, ChildOperation):
             self._note_child(operation)
@@ -441,6 +442,8 @@ class Messaging:
         if event.error is not None:
             return None, decode_error(event.error)
         if isinstance(operation, ChildOperation):
+            # A fork's child is its source's.
+            operation.child_id = json.loads(event.result or "null") or operation.child_id
             self._note_child(operation)
         elif event.kind == HistoryKind.CHILD_ENDED:
             self._followers.discard(operation.name)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from romancy.errors import DatabaseError
 from romancy.storage.failures import is_row_error
 from romancy.storage.mail import Operation, Post
-from romancy.storage.rows import HistoryRow, PatchRow, RunRow, StartRow, StateRow
+from romancy.storage.rows import Change, HistoryRow, StartRow, StateRow
 
 
 class Member(Protocol):
@@ -41,7 +41,7 @@ class Party:
         self.history: list[HistoryRow] = NO_ROWS
         self.state: StateRow | None = None
         self.mail: list[Operation] = NO_ROWS
-        self.changes: list[RunRow | PatchRow] = NO_ROWS
+        self.changes: list[Change] = NO_ROWS
 
 
 class Batch:

@@ -66,6 +66,7 @@ class ClaimedRow(NamedTuple):
     input: str
     parent_id: str | None = None
     patches: str | None = None
+    seed: str | None = None
     is_fresh: bool = False
 
 
@@ -88,6 +89,17 @@ class PatchRow(NamedTuple):
 
     instance_id: str
     patches: str
+
+
+class SupersededRow(NamedTuple):
+    """Outcomes of a run that a retry has taken back, and that its code no longer asks for."""
+
+    instance_id: str
+    run: int
+    seqs: list[int]
+
+
+Change = RunRow | PatchRow | SupersededRow
 
 
 class WorkerRow(NamedTuple):

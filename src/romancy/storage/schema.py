@@ -55,6 +55,7 @@ instances = Table(
     Column("error", Text),
     Column("parent_id", name_type(200)),
     Column("patches", Text),
+    Column("seed", name_type(220)),
     **TABLE,
 )
 

@@ -19,6 +19,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from romancy.clock import Clock, DatabaseClock
 from romancy.errors import DatabaseError, FencedError
 from romancy.model import Status
+from romancy.storage.again import Fork, Reruns, supersede
 from romancy.storage.batch import Batch, Party, Written, run_batch
 from romancy.storage.failures import NotOwnedError, database_error, is_driver_error, is_lost
 from romancy.storage.listener import Listener
@@ -33,7 +34,7 @@ from romancy.storage.mail_desk import (
     open_channel,
     read_mail_of,
 )
-from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, RunRow, StartRow, StateRow, WorkerRow
+from romancy.storage.rows import Change, ClaimedRow, HistoryRow, RunRow, StartRow, StateRow, SupersededRow, WorkerRow
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.statements import MOST_ADDRESSEES, ManyRows, Prepared, Statements, insert_into
 from romancy.storage.threads import ConnectionThread, Job, Link
@@ -226,12 +227,16 @@ class Store(ABC):
             self._update_states(link, states, worker_id)
         return inserted
 
-    def _change_instance(self, link: Link, change: RunRow | PatchRow, worker_id: str) -> None:
+    def _change_instance(self, link: Link, change: Change, worker_id: str) -> None:
         mark = self.mark
+        if isinstance(change, SupersededRow):
+            supersede(on_link(link, mark), *change)
+            return
         if isinstance(change, RunRow):
             sql = (
                 f"UPDATE {instances.name} SET run = {mark}, started_at = {mark}, source_hash = {mark}, input = {mark}, "
-                f"updated_at = {mark}, status = '{Status.RUNNING.value}', ready_at = NULL, patches = NULL, claims = 0 "
+                f"updated_at = {mark}, status = '{Status.RUNNING.value}', ready_at = NULL, patches = NULL, "
+                f"seed = NULL, claims = 0 "
                 f"WHERE instance_id = {mark} AND run = {mark} AND owner = {mark}"
             )
             values: tuple[Any, ...] = (
@@ -508,6 +513,22 @@ class Store(ABC):
             if is_resumed:
                 self._tell_others(link)
             return is_resumed
+
+        return self._write(job)
+
+    def retry(self, instance_id: str, now: int) -> Future[None]:
+        """Let a failed instance go on; see :meth:`romancy.storage.again.Reruns.retry`."""
+        return self._rerun(lambda reruns: reruns.retry(instance_id, now))
+
+    def fork(self, asked: Fork) -> Future[None]:
+        """Make an instance with the history of another; see :meth:`romancy.storage.again.Reruns.fork`."""
+        return self._rerun(lambda reruns: reruns.fork(asked))
+
+    def _rerun(self, what: Callable[[Reruns], None]) -> Future[None]:
+        def job(link: Link) -> None:
+            with self._transaction(link):
+                what(Reruns(on_link(link, self.mark), self.kind))
+            self._tell_others(link)
 
         return self._write(job)
 

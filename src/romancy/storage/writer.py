@@ -22,7 +22,7 @@ from romancy.errors import (
 )
 from romancy.storage.batch import Batch, Party
 from romancy.storage.mail import Mail, Operation, Post
-from romancy.storage.rows import HistoryRow, PatchRow, RunRow, StartRow, StateRow
+from romancy.storage.rows import Change, HistoryRow, StartRow, StateRow
 
 logger = logging.getLogger("romancy.storage")
 
@@ -200,7 +200,7 @@ class Writer:
         self._schedule()
         return batch.number
 
-    def record_change(self, recorder: Recorder, change: RunRow | PatchRow) -> int:
+    def record_change(self, recorder: Recorder, change: Change) -> int:
         """Queue another change of an instance."""
         party = self._party_of(recorder)
         party.changes = [*party.changes, change]

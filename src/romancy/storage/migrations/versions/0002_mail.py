@@ -45,6 +45,8 @@ def upgrade() -> None:
         op.add_column("romancy_instances", sa.Column("parent_id", name_type(200)))
     if "patches" not in columns:
         op.add_column("romancy_instances", sa.Column("patches", TEXT))
+    if "seed" not in columns:
+        op.add_column("romancy_instances", sa.Column("seed", name_type(220)))
     table(
         "romancy_waits",
         sa.Column("instance_id", name_type(200), primary_key=True),
