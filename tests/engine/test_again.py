@@ -153,6 +153,30 @@ async def test_retry_keeps_what_was_recorded_beside_the_failure(database: Databa
     assert shop.diary.count("slow") == 2  # it had been cancelled, with no outcome
 
 
+async def test_retry_takes_back_failures_that_came_after_the_first(database: Database) -> None:
+    shop, attempts = Shop(), []
+
+    @activity
+    def late() -> str:
+        attempts.append(1)
+        if len(attempts) == 1:
+            asyncio.run(asyncio.sleep(0.05))
+            raise TerminalError("late, and in vain")
+        return "late done"
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> list[str]:
+        return list(await asyncio.gather(shop.do("charge"), late()))
+
+    shop.failing = {"charge"}
+    async with App(database) as app:
+        assert await failed(app, flow) == "charge does not work"
+        kinds = [event.kind for event in await app.get_history("it")]
+        assert kinds == ["ActivityFailed", "ActivityFailed", "WorkflowFailed"]
+        shop.failing = set()
+        assert await (await app.retry("it")).result(RESULT_TIMEOUT_S) == ["charge done", "late done"]
+
+
 async def test_retry_leaves_failures_alone_that_the_code_coped_with(database: Database) -> None:
     shop = Shop()
 
