@@ -48,7 +48,17 @@ from romancy.errors import (
     WorkflowSuspendedError,
 )
 from romancy.handle import WorkflowHandle
-from romancy.model import ErrorInfo, Event, HistoryEvent, HistoryKind, Instance, InstancePage, Message, Status
+from romancy.model import (
+    ErrorInfo,
+    Event,
+    HistoryEvent,
+    HistoryKind,
+    Instance,
+    InstancePage,
+    Message,
+    PendingActivity,
+    Status,
+)
 from romancy.retry import RetryPolicy
 
 __all__ = [
@@ -91,6 +101,7 @@ __all__ = [
     "NonDeterminismError",
     "NotInActivityError",
     "PayloadTooLargeError",
+    "PendingActivity",
     "ResultTimeoutError",
     "RetryExhaustedError",
     "RetryPolicy",

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from romancy.definitions import Activity, Workflow
-from romancy.envelopes import EventHead, checked_name, encode_data, message_body, read_event, read_message
+from romancy.envelopes import EventHead, checked_name, decode_data, encode_data, message_body, read_event, read_message
 from romancy.errors import ChildWorkflowError, ConfigurationError, DefinitionError, NotInActivityError, SessionError
 from romancy.failures import decode_error, decode_info
 from romancy.model import Event, HistoryKind, Message, Status, from_micros, to_micros
@@ -456,8 +456,11 @@ class ActivitySender(Protocol):
 
     @property
     def max_payload_bytes(self) -> int: ...
+    @property
+    def last_details(self) -> str | None: ...
     def new_mail_id(self) -> str: ...
     def now_us(self) -> int: ...
+    def beat(self, details: str) -> None: ...
 
 
 class ActivityContext:
@@ -537,6 +540,38 @@ class ActivityContext:
         if isinstance(session, AsyncSession):
             raise SessionError(f"activity {self.activity_id} is an async def: use .session, and await its methods")
         return session
+
+    def heartbeat(self, details: Any = None) -> None:
+        """Tell that this attempt lives and how far it has come; from its thread or task, as often as one likes.
+
+        The details of the last heartbeat are recorded within a second, and outlive the process: a later attempt finds
+        them in :meth:`last_heartbeat`, and can go on from there. With ``heartbeat_timeout=`` an attempt that falls
+        silent has failed.
+
+        Args:
+            details: anything that Romancy can store, such as the number of rows done.
+
+        Raises:
+            SerializationError: the details can't be stored, or are too large (``PayloadTooLargeError``).
+            ActivityTimeoutError: this attempt of a plain ``def`` has timed out and another may run already: stop.
+
+        Example:
+            ``current_activity().heartbeat({"page": page})``
+        """
+        self._sender.beat(self._encoded("the details of a heartbeat", details))
+
+    @overload
+    def last_heartbeat(self, *, type: type[T]) -> T | None: ...
+    @overload
+    def last_heartbeat(self, *, type: Any = None) -> Any: ...
+    def last_heartbeat(self, *, type: Any = None) -> Any:
+        """The details of the last :meth:`heartbeat` of this call, by this attempt or one before; ``None``: none yet.
+
+        Args:
+            type: what they are, for example a dataclass; by default plain JSON values.
+        """
+        text = self._sender.last_details
+        return None if text is None else decode_data("the details of a heartbeat", text, type)
 
     def send_event(
         self,

@@ -43,6 +43,7 @@ class CallOptions:
     id: str | None = None
     retry: RetryPolicy | None = None
     timeout_s: float | None = None
+    heartbeat_timeout_s: float | None = None
 
 
 DEFAULT_OPTIONS = CallOptions()
@@ -106,6 +107,7 @@ class Activity(Generic[P, R]):
         retry: RetryPolicy | None = None,
         transactional: bool = True,
         timeout: Seconds | None = None,
+        heartbeat_timeout: Seconds | None = None,
         compensate: Activity[..., Any] | None = None,
     ) -> None:
         self.fn = fn
@@ -113,7 +115,8 @@ class Activity(Generic[P, R]):
         self.compensate = _checked_compensation(name, fn, compensate)
         self.retry = _checked_retry(f"activity {name!r}", retry)
         self.transactional = transactional
-        self.timeout_s = _checked_timeout(timeout)
+        self.timeout_s = _checked_timeout("timeout", timeout)
+        self.heartbeat_timeout_s = _checked_timeout("heartbeat_timeout", heartbeat_timeout)
         self.is_async = inspect.iscoroutinefunction(fn)
         self.place = place_of(fn)
         self.signature = Signature(f"activity {name!r}", fn)
@@ -131,7 +134,12 @@ class Activity(Generic[P, R]):
         return host.call_activity(self, DEFAULT_OPTIONS, args, kwargs)
 
     def options(
-        self, *, id: str | None = None, retry: RetryPolicy | None = None, timeout: Seconds | None = None
+        self,
+        *,
+        id: str | None = None,
+        retry: RetryPolicy | None = None,
+        timeout: Seconds | None = None,
+        heartbeat_timeout: Seconds | None = None,
     ) -> BoundActivity[P, R]:
         """The activity with other options for one call.
 
@@ -139,6 +147,7 @@ class Activity(Generic[P, R]):
             id: the activity id to record instead of ``name:counter``; unique within the run.
             retry: another retry policy.
             timeout: seconds (or a ``timedelta``) that one attempt may take.
+            heartbeat_timeout: seconds (or a ``timedelta``) that may pass between two heartbeats.
 
         Example:
             ``await charge.options(id="charge-deposit", retry=RetryPolicy.no_retry())(order)``
@@ -148,7 +157,10 @@ class Activity(Generic[P, R]):
                 f"{self.name}.options(id={id!r}): give a text of 1 to {MAX_NAME} characters without control characters"
             )
         retry = _checked_retry(f"{self.name}.options", retry)
-        return BoundActivity(self, CallOptions(id, retry, _checked_timeout(timeout)))
+        options = CallOptions(
+            id, retry, _checked_timeout("timeout", timeout), _checked_timeout("heartbeat_timeout", heartbeat_timeout)
+        )
+        return BoundActivity(self, options)
 
     def __repr__(self) -> str:
         return f"<activity {self.name!r} at {self.place}>"
@@ -307,6 +319,7 @@ def activity(
     retry: RetryPolicy | None = None,
     transactional: bool = True,
     timeout: Seconds | None = None,
+    heartbeat_timeout: Seconds | None = None,
     compensate: Activity[..., Any] | None = None,
     catalogue: Catalogue = DEFAULT_CATALOGUE,
 ) -> ActivityDecorator: ...
@@ -318,6 +331,7 @@ def activity(
     retry: RetryPolicy | None = None,
     transactional: bool = True,
     timeout: Seconds | None = None,
+    heartbeat_timeout: Seconds | None = None,
     compensate: Activity[..., Any] | None = None,
     catalogue: Catalogue = DEFAULT_CATALOGUE,
 ) -> Any:
@@ -332,6 +346,9 @@ def activity(
             together with the recorded outcome, or not at all.
         timeout: seconds (or a ``timedelta``) that one attempt may take. A plain ``def`` can't be
             interrupted: its attempt counts as failed, while its thread runs on.
+        heartbeat_timeout: seconds (or a ``timedelta``) that may pass between two calls of
+            ``current_activity().heartbeat()``: an attempt that falls silent for longer has failed. For activities that
+            last, so that a stuck one is noticed before its ``timeout``.
         compensate: another activity that undoes this one, when the workflow fails or is cancelled after it has
             completed. It gets this one's arguments by name, and what it returned as ``result``, as far as it takes
             them.
@@ -355,6 +372,7 @@ def activity(
             retry=retry,
             transactional=transactional,
             timeout=timeout,
+            heartbeat_timeout=heartbeat_timeout,
             compensate=compensate,
         )
         catalogue.add_activity(definition)
@@ -500,10 +518,10 @@ def _checked_retry(owner: str, retry: RetryPolicy | None) -> RetryPolicy | None:
     return retry
 
 
-def _checked_timeout(timeout: Seconds | None) -> float | None:
+def _checked_timeout(name: str, timeout: Seconds | None) -> float | None:
     if timeout is None:
         return None
-    timeout_s = as_seconds(timeout, "timeout")
+    timeout_s = as_seconds(timeout, name)
     if not timeout_s:
-        raise ConfigurationError(f"timeout={timeout!r} leaves no time at all: give more than 0 seconds, or None")
+        raise ConfigurationError(f"{name}={timeout!r} leaves no time at all: give more than 0 seconds, or None")
     return timeout_s

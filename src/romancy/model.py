@@ -42,6 +42,7 @@ class HistoryKind(StrEnum):
     ACTIVITY_COMPLETED = "ActivityCompleted"
     ACTIVITY_FAILED = "ActivityFailed"
     ACTIVITY_RETRY_SCHEDULED = "ActivityRetryScheduled"
+    ACTIVITY_HEARTBEAT = "ActivityHeartbeat"
     TIMER_EXPIRED = "TimerExpired"
     EVENT_RECEIVED = "EventReceived"
     EVENT_TIMEOUT = "EventTimeout"
@@ -82,6 +83,29 @@ class ErrorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PendingActivity:
+    """An activity without an outcome yet that has failed before, or has told how far it has come.
+
+    Attributes:
+        activity_id: which call it is, for example ``"charge:1"``.
+        name: the activity's name.
+        attempts: how many attempts have failed.
+        last_error: why the last of them did.
+        next_attempt_at: when the next one is due; in the past: it runs, or is about to.
+        heartbeat: what its last recorded heartbeat told.
+        heartbeat_at: when that was recorded; ``None``: there was none.
+    """
+
+    activity_id: str
+    name: str
+    attempts: int
+    last_error: ErrorInfo | None
+    next_attempt_at: datetime | None
+    heartbeat: Any
+    heartbeat_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One workflow instance, as the database holds it.
 
@@ -92,6 +116,8 @@ class Instance:
         worker_id: the worker that owns it now, or ``None``.
         next_wake_at: when a sleeping instance goes on.
         claims: how often it was taken over from a dead worker since it last came forward.
+        source_hash: of the workflow's code that began this run.
+        pending: activities that are being retried, or that last; only :meth:`romancy.App.get_instance` looks for them.
     """
 
     instance_id: str
@@ -109,6 +135,7 @@ class Instance:
     next_wake_at: datetime | None
     claims: int
     source_hash: str | None
+    pending: tuple[PendingActivity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ PUBLIC = [
     "NonDeterminismError",
     "NotInActivityError",
     "PayloadTooLargeError",
+    "PendingActivity",
     "ResultTimeoutError",
     "RetryExhaustedError",
     "RetryPolicy",

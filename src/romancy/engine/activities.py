@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from romancy.clock import Clock
 from romancy.context import CURRENT_ACTIVITY, ActivityContext
+from romancy.engine.attempt import Attempt
 from romancy.engine.instance import LiveInstance, exhausted
 from romancy.engine.operations import ActivityOperation
 from romancy.errors import (
@@ -43,37 +44,6 @@ logger = logging.getLogger("romancy.engine")
 
 DATABASE_RETRY_WAIT_S = 0.1
 LONGEST_ENDING_S = 5.0
-
-
-class Attempt:
-    """One attempt on its way.
-
-    Attributes:
-        handle: the task, or for a plain ``def`` the thread pool's future; ``None`` while it waits for a place.
-        is_given_up: the workflow or the worker no longer wants it.
-        is_over: its outcome is settled; what the thread of a timed-out ``def`` still does counts for nothing.
-    """
-
-    __slots__ = (
-        "context",
-        "handle",
-        "instance",
-        "is_given_up",
-        "is_over",
-        "is_timed_out",
-        "operation",
-        "timeout",
-    )
-
-    def __init__(self, instance: LiveInstance, operation: ActivityOperation) -> None:
-        self.instance = instance
-        self.operation = operation
-        self.context: ActivityContext
-        self.handle: asyncio.Task[Any] | Future[Any] | None = None
-        self.timeout: asyncio.TimerHandle | None = None
-        self.is_given_up = False
-        self.is_timed_out = False
-        self.is_over = False
 
 
 class RunnerHost(Protocol):
@@ -118,7 +88,7 @@ class ActivityRunner:
         self._host = host
         self._engines = engines
         self._limit = limit
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._base_context: Context = copy_context()
         self._running: set[Attempt] = set()
         self._queue: deque[Attempt] = deque()
@@ -129,7 +99,7 @@ class ActivityRunner:
         # Commits of sessions must not wait in line behind threads that wait for the lock that they hold.
         self._commit_threads = ThreadPoolExecutor(2, "romancy-commit")
 
-    # -- what activities send (see ActivitySender) -----------------------------------------------------
+    # -- what attempts need (see AttemptHost) ----------------------------------------------------------
 
     @property
     def max_payload_bytes(self) -> int:
@@ -145,7 +115,7 @@ class ActivityRunner:
 
     def start(self, instance: LiveInstance, operation: ActivityOperation) -> None:
         """Run the next attempt, now or once there is a place."""
-        attempt = Attempt(instance, operation)
+        attempt = Attempt(self, instance, operation)
         operation.running = attempt
         if self._is_stopping:
             return  # the instance leaves soon, and the attempt begins where it goes on
@@ -171,38 +141,48 @@ class ActivityRunner:
             operation.attempt + 1,
             self._engines if activity.transactional else None,
             activity.is_async,
-            self,
+            attempt,
         )
         context = self._base_context.copy()
         context.run(CURRENT_ACTIVITY.set, attempt.context)
         self._running.add(attempt)
         timeout_s = operation.options.timeout_s or activity.timeout_s
+        attempt.heartbeat_timeout_s = operation.options.heartbeat_timeout_s or activity.heartbeat_timeout_s
         if activity.is_async:
             coroutine = activity.fn(*arguments.args, **arguments.kwargs)
-            task = asyncio.Task(coroutine, loop=self._loop, name=operation.id, context=context)
+            task = asyncio.Task(coroutine, loop=self.loop, name=operation.id, context=context)
             attempt.handle = task
             task.add_done_callback(partial(self._on_task_done, attempt), context=self._base_context)
-            if timeout_s is not None:
+            if timeout_s is not None or attempt.heartbeat_timeout_s is not None:
                 self._arm(attempt, timeout_s)
         else:
             function = partial(activity.fn, *arguments.args, **arguments.kwargs)
-            if timeout_s is not None:
+            if timeout_s is not None or attempt.heartbeat_timeout_s is not None:
                 function = partial(self._in_time, attempt, timeout_s, function)
             thread = self._threads.submit(context.run, function)
             attempt.handle = thread
             thread.add_done_callback(partial(self._post, attempt))
 
-    def _in_time(self, attempt: Attempt, timeout_s: float, function: Callable[[], Any]) -> Any:
+    def _in_time(self, attempt: Attempt, timeout_s: float | None, function: Callable[[], Any]) -> Any:
         """In a thread: the time counts from here, not from when the attempt began to wait for the thread."""
-        self._loop.call_soon_threadsafe(self._arm, attempt, timeout_s)
+        self.loop.call_soon_threadsafe(self._arm, attempt, timeout_s)
         return function()
 
-    def _arm(self, attempt: Attempt, timeout_s: float) -> None:
-        if attempt in self._running:
-            attempt.timeout = self._loop.call_later(timeout_s, self._time_out, attempt, timeout_s)
+    def _arm(self, attempt: Attempt, timeout_s: float | None) -> None:
+        if attempt not in self._running:
+            return
+        attempt.watch()
+        if timeout_s is not None:
+            operation = attempt.operation
+            error = ActivityTimeoutError(
+                f"attempt {operation.attempt + 1} of activity {operation.id} took longer than its timeout of "
+                f"{timeout_s} s"
+            )
+            attempt.timeout = self.loop.call_later(timeout_s, self.time_out, attempt, error)
 
-    def _time_out(self, attempt: Attempt, timeout_s: float) -> None:
-        attempt.is_timed_out = True
+    def time_out(self, attempt: Attempt, error: ActivityTimeoutError) -> None:
+        """See :class:`romancy.engine.attempt.AttemptHost`."""
+        attempt.timed_out = error
         handle = attempt.handle
         if isinstance(handle, asyncio.Task):
             handle.cancel()
@@ -210,15 +190,7 @@ class ActivityRunner:
             # A thread can't be interrupted: the attempt has failed, its thread runs on.
             attempt.is_over = True
             self._leave(attempt)
-            self._settle_failure(attempt, self._timeout_error(attempt, timeout_s))
-
-    @staticmethod
-    def _timeout_error(attempt: Attempt, timeout_s: float | None = None) -> ActivityTimeoutError:
-        operation = attempt.operation
-        limit = timeout_s or operation.options.timeout_s or operation.activity.timeout_s
-        return ActivityTimeoutError(
-            f"attempt {operation.attempt + 1} of activity {operation.id} took longer than its timeout of {limit} s"
-        )
+            self._settle_failure(attempt, error)
 
     def cancel(self, operation: ActivityOperation) -> None:
         """Nobody waits for this outcome any more: end the attempt if it is an ``async def`` or has not begun."""
@@ -236,7 +208,7 @@ class ActivityRunner:
     def _post(self, attempt: Attempt, thread: Future[Any]) -> None:
         """From an activity's thread back to the loop."""
         try:
-            self._loop.call_soon_threadsafe(self._on_thread_done, attempt, thread)
+            self.loop.call_soon_threadsafe(self._on_thread_done, attempt, thread)
         except RuntimeError:
             logger.debug("the event loop closed before activity %s ended", attempt.operation.id)
             self._close_late(attempt)
@@ -275,8 +247,7 @@ class ActivityRunner:
 
     def _leave(self, attempt: Attempt) -> None:
         self._running.discard(attempt)
-        if attempt.timeout is not None:
-            attempt.timeout.cancel()
+        attempt.leave()
         while self._queue and len(self._running) < self._limit and not self._is_stopping:
             waiting = self._queue.popleft()
             if not waiting.is_given_up:
@@ -285,8 +256,8 @@ class ActivityRunner:
     def _on_cancelled(self, attempt: Attempt) -> None:
         if attempt.is_given_up or attempt.instance.is_gone:
             self._roll_back_then(attempt, lambda: attempt.instance.on_attempt_dropped(attempt.operation))
-        elif attempt.is_timed_out:
-            self._on_raised(attempt, self._timeout_error(attempt))
+        elif attempt.timed_out is not None:
+            self._on_raised(attempt, attempt.timed_out)
         else:
             self._on_raised(attempt, RuntimeError("the activity was cancelled, by something within it"))
 
@@ -343,7 +314,7 @@ class ActivityRunner:
             instance.on_attempt_dropped(operation)
             return
         logger.warning("activity %s runs again, for the database failed: %s", operation.id, error)
-        self._loop.call_later(DATABASE_RETRY_WAIT_S, self._start_again, attempt)
+        self.loop.call_later(DATABASE_RETRY_WAIT_S, self._start_again, attempt)
 
     def _start_again(self, attempt: Attempt) -> None:
         if attempt.instance.is_gone or attempt.is_given_up:
@@ -365,7 +336,7 @@ class ActivityRunner:
         operation.attempt += 1
         if not transaction.is_open:
             await self._close(attempt, transaction)
-            self._loop.call_soon(instance.on_completed, operation, text, value, attempt.context.outgoing)
+            self.loop.call_soon(instance.on_completed, operation, text, value, attempt.context.outgoing)
             return
         row = await instance.reserve(operation, text)
         is_committed = False
@@ -377,13 +348,13 @@ class ActivityRunner:
                 is_committed = await self._commit_outcome(attempt, transaction, row)
         finally:
             # Workflow code must not run inside this task's step.
-            done = self._loop.create_future()
+            done = self.loop.create_future()
             callbacks = transaction.after_commit if is_committed else []
             if is_committed and attempt.context.outgoing:
                 # After an unsure commit, what has met is not known here: look.
                 post = transaction.post
                 callbacks.append(self._host.hint if post is None else partial(self._host.on_post, post))
-            self._loop.call_soon(self._after_commit, instance, operation, is_committed, value, callbacks, done)
+            self.loop.call_soon(self._after_commit, instance, operation, is_committed, value, callbacks, done)
         await done
 
     async def _commit_outcome(self, attempt: Attempt, transaction: ActivityTransaction, row: HistoryRow) -> bool:
@@ -459,7 +430,7 @@ class ActivityRunner:
     async def _roll_back(self, attempt: Attempt, transaction: ActivityTransaction, action: Any) -> None:
         self._warn_of_length(attempt.operation, transaction)
         await self._close(attempt, transaction)
-        self._loop.call_soon(action)
+        self.loop.call_soon(action)
 
     async def _close(self, attempt: Attempt, transaction: ActivityTransaction) -> None:
         try:
@@ -485,7 +456,7 @@ class ActivityRunner:
         return await asyncio.wrap_future(self._commit_threads.submit(function, *arguments))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(coroutine)
+        task = self.loop.create_task(coroutine)
         self._endings.add(task)
         task.add_done_callback(self._on_ending_done)
 
@@ -504,10 +475,10 @@ class ActivityRunner:
     async def finish(self, grace_s: float) -> None:
         """Begin no attempt any more, and let the running ones end by themselves for that many seconds."""
         self._is_stopping = True
-        deadline = self._loop.time() + grace_s
-        while (self._running or self._endings) and self._loop.time() < deadline:
+        deadline = self.loop.time() + grace_s
+        while (self._running or self._endings) and self.loop.time() < deadline:
             handles = [self._as_awaitable(attempt) for attempt in self._running if attempt.handle is not None]
-            await asyncio.wait([*handles, *self._endings], timeout=deadline - self._loop.time())
+            await asyncio.wait([*handles, *self._endings], timeout=deadline - self.loop.time())
             await asyncio.sleep(0)
 
     @staticmethod
@@ -528,9 +499,9 @@ class ActivityRunner:
         if tasks:
             await asyncio.wait(tasks, timeout=LONGEST_ENDING_S)
         await asyncio.sleep(0)
-        deadline = self._loop.time() + LONGEST_ENDING_S
-        while self._endings and self._loop.time() < deadline:
-            await asyncio.wait(set(self._endings), timeout=deadline - self._loop.time())
+        deadline = self.loop.time() + LONGEST_ENDING_S
+        while self._endings and self.loop.time() < deadline:
+            await asyncio.wait(set(self._endings), timeout=deadline - self.loop.time())
         for ending in self._endings:
             logger.warning("an activity's transaction has not ended within %.0f s; it is left behind", LONGEST_ENDING_S)
             ending.cancel()

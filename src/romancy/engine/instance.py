@@ -47,7 +47,7 @@ from romancy.storage.again import seed_of
 from romancy.storage.failures import is_conflict
 from romancy.storage.mail import CHILD, EVENT, MESSAGE, NEVER_US, REQUEST, SUSPEND, Delivery, Mail, Receipt, Wait
 from romancy.storage.posting import outcome_mail
-from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, RunRow, StateRow, SupersededRow
+from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, ProgressRow, RunRow, StateRow, SupersededRow
 from romancy.storage.writer import Recorder
 
 logger = logging.getLogger("romancy.engine")
@@ -60,6 +60,7 @@ EXECUTED = HistoryKind.COMPENSATION_EXECUTED.value
 UNDONE_FAILED = HistoryKind.COMPENSATION_FAILED.value
 SUPERSEDED = HistoryKind.SUPERSEDED.value
 MARKERS = (SUPERSEDED, HistoryKind.WORKFLOW_RETRIED.value, HistoryKind.WORKFLOW_FORKED.value)
+HEARTBEAT = HistoryKind.ACTIVITY_HEARTBEAT.value
 CANCELLATION = HistoryKind.CANCELLATION_REQUESTED.value
 RUNNING = Status.RUNNING.value
 COMPENSATING = Status.COMPENSATING.value
@@ -543,9 +544,27 @@ class LiveInstance(Recorder):
             return
         operation.due_us = self._host.clock.now_us() + round(wait_s * 1_000_000)
         began = str(operation.first_attempt_us)
+        if operation.details is not None:
+            self.on_progress(operation, operation.details)
         self._record(self._event(RETRY, operation, result=began, error=encode_error(error), due_at=operation.due_us))
         self._start_activity(operation)
         self._settle()
+
+    def on_progress(self, operation: ActivityOperation, details: str) -> None:
+        """Record how far an activity has come: in one row of history, whose latest state counts."""
+        if self.is_gone or operation.is_abandoned or self._open_activities.get(operation.id) is not operation:
+            return
+        if self._is_gated and not self.when_open(lambda: self.on_progress(operation, details)):
+            return
+        operation.details = details
+        if operation.details_seq == 0:
+            event = self._event(HEARTBEAT, operation, result=details)
+            operation.details_seq = event.seq
+            self._record(event)
+        else:
+            now = self._host.clock.now_us()
+            row = ProgressRow(self.instance_id, self.run, operation.details_seq, now, details)
+            self._host.writer.record_change(self, row)
 
     def _attempt_over(self, operation: ActivityOperation) -> None:
         operation.running = None
@@ -714,6 +733,9 @@ class LiveInstance(Recorder):
             if event.kind == RETRY:
                 operation.due_us = event.due_at or 0
                 operation.first_attempt_us = int(event.result or event.at)
+                return
+            if event.kind == HEARTBEAT:
+                operation.details, operation.details_seq = event.result, event.seq
                 return
         self._time_us = event.at
         if isinstance(operation, TimerOperation):

@@ -72,6 +72,8 @@ class ActivityOperation(Operation):
         running: the attempt in progress, owned by the runner.
         backoff: the deadline of the next attempt while it waits.
         is_abandoned: the workflow no longer waits for it.
+        details: what its last heartbeat told, as text.
+        details_seq: the row of history that has it; 0: none yet.
         is_compensation: it undoes another activity.
     """
 
@@ -80,6 +82,8 @@ class ActivityOperation(Operation):
         "arguments",
         "attempt",
         "backoff",
+        "details",
+        "details_seq",
         "due_us",
         "first_attempt_us",
         "future",
@@ -112,6 +116,8 @@ class ActivityOperation(Operation):
         self.running: Any = None
         self.backoff: Deadline | None = None
         self.is_abandoned = False
+        self.details: str | None = None
+        self.details_seq = 0
         self.is_compensation = False
 
     @property

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +17,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from romancy.errors import InvalidFilterError, InvalidPageTokenError
 from romancy.failures import decode_info
-from romancy.model import HistoryEvent, HistoryKind, Instance, InstancePage, Status, from_micros, to_micros
+from romancy.model import (
+    HistoryEvent,
+    HistoryKind,
+    Instance,
+    InstancePage,
+    PendingActivity,
+    Status,
+    from_micros,
+    to_micros,
+)
 from romancy.serde import load_json
 from romancy.storage.failures import database_error
 from romancy.storage.filters import JsonScalar, contains, input_matches
@@ -26,6 +36,9 @@ from romancy.storage.schema import history, instances
 
 MAX_LIMIT = 1_000
 IDS_PER_QUERY = 500
+
+_TOLD = (HistoryKind.ACTIVITY_RETRY_SCHEDULED.value, HistoryKind.ACTIVITY_HEARTBEAT.value)
+"""What history has of an activity before its outcome."""
 
 _INSTANCE = [
     instances.c[name]
@@ -70,7 +83,29 @@ class Queries:
         """One instance, or ``None``."""
         async with self._connect() as connection:
             row = (await connection.execute(select(*_INSTANCE).where(instances.c.instance_id == instance_id))).first()
-        return None if row is None else _instance(row)
+            if row is None:
+                return None
+            instance = _instance(row)
+            if not instance.status.is_terminal:
+                instance = replace(instance, pending=await self._pending(connection, instance_id, instance.run))
+        return instance
+
+    async def _pending(self, connection: AsyncConnection, instance_id: str, run: int) -> tuple[PendingActivity, ...]:
+        """Activities with failed attempts or heartbeats, and no outcome."""
+        of_run = and_(history.c.instance_id == instance_id, history.c.run == run)
+        told = select(*history.c).where(of_run, history.c.kind.in_(_TOLD)).order_by(history.c.seq)
+        found: dict[str, list[Row[Any]]] = {}
+        for row in await connection.execute(told):
+            found.setdefault(row.operation_id, []).append(row)
+        last = {activity_id: rows[-1].seq for activity_id, rows in found.items()}
+        ids = list(last)
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            of_these = history.c.operation_id.in_(ids[start : start + IDS_PER_QUERY])
+            ended = select(history.c.operation_id, history.c.seq).where(of_run, of_these, history.c.kind.not_in(_TOLD))
+            for row in await connection.execute(ended):
+                if row.seq > last[row.operation_id]:
+                    found.pop(row.operation_id, None)
+        return tuple(_pending_activity(rows) for rows in found.values())
 
     async def get_outcomes(self, instance_ids: Iterable[str]) -> list[StateRow]:
         """The state of those of these instances that have ended or are suspended."""
@@ -221,6 +256,20 @@ def _instance(row: Row[Any]) -> Instance:
         next_wake_at=from_micros(row.ready_at) if row.ready_at and row.ready_at < NEVER_US else None,
         claims=row.claims,
         source_hash=row.source_hash,
+    )
+
+
+def _pending_activity(rows: list[Row[Any]]) -> PendingActivity:
+    failed = next((row for row in reversed(rows) if row.kind == HistoryKind.ACTIVITY_RETRY_SCHEDULED), None)
+    heartbeat = next((row for row in rows if row.kind == HistoryKind.ACTIVITY_HEARTBEAT), None)
+    return PendingActivity(
+        activity_id=rows[0].operation_id,
+        name=rows[0].name,
+        attempts=0 if failed is None else failed.attempt,
+        last_error=None if failed is None else decode_info(failed.error),
+        next_attempt_at=None if failed is None else from_micros(failed.due_at),
+        heartbeat=None if heartbeat is None else load_json(heartbeat.result),
+        heartbeat_at=None if heartbeat is None else from_micros(heartbeat.at),
     )
 
 

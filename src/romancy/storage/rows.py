@@ -99,7 +99,17 @@ class SupersededRow(NamedTuple):
     seqs: list[int]
 
 
-Change = RunRow | PatchRow | SupersededRow
+class ProgressRow(NamedTuple):
+    """The latest heartbeat of an activity, in the row of history that its first one has made."""
+
+    instance_id: str
+    run: int
+    seq: int
+    at: int
+    details: str
+
+
+Change = RunRow | PatchRow | SupersededRow | ProgressRow
 
 
 class WorkerRow(NamedTuple):

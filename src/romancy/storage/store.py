@@ -34,7 +34,17 @@ from romancy.storage.mail_desk import (
     open_channel,
     read_mail_of,
 )
-from romancy.storage.rows import Change, ClaimedRow, HistoryRow, RunRow, StartRow, StateRow, SupersededRow, WorkerRow
+from romancy.storage.rows import (
+    Change,
+    ClaimedRow,
+    HistoryRow,
+    ProgressRow,
+    RunRow,
+    StartRow,
+    StateRow,
+    SupersededRow,
+    WorkerRow,
+)
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.statements import MOST_ADDRESSEES, ManyRows, Prepared, Statements, insert_into
 from romancy.storage.threads import ConnectionThread, Job, Link
@@ -231,6 +241,11 @@ class Store(ABC):
         mark = self.mark
         if isinstance(change, SupersededRow):
             supersede(on_link(link, mark), *change)
+            return
+        if isinstance(change, ProgressRow):
+            sql = f"UPDATE {history.name} SET at = {mark}, result = {mark} "
+            sql += f"WHERE instance_id = {mark} AND run = {mark} AND seq = {mark}"
+            link.execute(sql, (change.at, change.details, *change[:3]))
             return
         if isinstance(change, RunRow):
             sql = (
