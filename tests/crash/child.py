@@ -93,13 +93,18 @@ async def finish(database: Database) -> dict[str, Any]:
         return await handle.result(30)
 
 
-def main(database: Database, tokens: Path, when: str, at: int, outcome: Connection) -> None:
-    """Run the workflow to its end, or to the N-th commit; sends the result, and how many commits there were."""
-    global tokens_file
-    tokens_file = tokens
+def arm(database: Database, when: str, at: int) -> None:
+    """From here on, the process dies just before or just after the N-th commit of history."""
     store: Any = type(make_store(parse_address(database), []))
     store._write_parties = killing(store._write_parties, when, at)
     ActivityTransaction.commit_in_thread = killing(  # type: ignore[method-assign]
         ActivityTransaction.commit_in_thread, when, at
     )
+
+
+def main(database: Database, tokens: Path, when: str, at: int, outcome: Connection) -> None:
+    """Run the workflow to its end, or to the N-th commit; sends the result, and how many commits there were."""
+    global tokens_file
+    tokens_file = tokens
+    arm(database, when, at)
     outcome.send({"result": asyncio.run(finish(database)), "commits": commits})

@@ -12,6 +12,13 @@ def in_child(*arguments: Any) -> None:
     child.main(*arguments)
 
 
+def with_mail(*arguments: Any) -> None:
+    """Run the child whose workflows send and wait."""
+    from tests.crash import mail_child
+
+    mail_child.main(*arguments)
+
+
 def as_zombie(*arguments: Any) -> None:
     """Run what will be stopped."""
     from tests.crash import zombie

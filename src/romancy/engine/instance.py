@@ -874,7 +874,9 @@ class LiveInstance(Recorder):
             if self.running_count or self._is_gated:
                 return  # what can't be interrupted ends first, and is undone, too
             if self._begin_compensation():
-                self._record_status(COMPENSATING)
+                if self._recorded_status != COMPENSATING:
+                    # Again after each takeover, it would look as if it had come forward.
+                    self._record_status(COMPENSATING)
                 self._advance()
                 return
         self._finish(self._ending)
