@@ -38,6 +38,10 @@ coverage:
 property examples="5000":
     ROMANCY_EXAMPLES={{ examples }} uv run pytest tests/engine/test_replay_property.py --timeout 3600
 
+# A hundred thousand races of a send against a wait, on each database.
+races count="100000":
+    ROMANCY_RACES={{ count }} uv run pytest tests/engine/test_races.py -k sends_against_waits
+
 # The benchmarks beside their floor and the peers.
 bench *arguments:
     uv run python benchmarks/run.py {{ arguments }}

@@ -513,7 +513,10 @@ def open_channel(execute: Execute, dialect: str, channel: str, mode: str | None,
 
 
 def clear_expired(execute: Execute, now_us: int, limit: int) -> int:
-    """Remove mail and digests that have expired, some at a time; returns how many."""
+    """Remove mail and digests that have expired, and requests that came when an instance ended; returns how many.
+
+    Some at a time; call it again when it has removed as many as it may.
+    """
     removed = 0
     for table, fields in ((mail.name, ("to_id", "mail_id")), (seen.name, ("digest",))):
         columns = ", ".join(fields)
@@ -522,4 +525,10 @@ def clear_expired(execute: Execute, now_us: int, limit: int) -> int:
         for condition, values in _conditions(fields, [tuple(key) for key in keys]):
             execute(f"DELETE FROM {table} WHERE {condition}", values)
         removed += len(keys)
-    return removed
+    late = execute(
+        f"SELECT d.instance_id, d.run, d.operation_id FROM {deliveries.name} d JOIN {instances.name} i "
+        f"ON i.instance_id = d.instance_id WHERE i.completed_at IS NOT NULL LIMIT {limit}"
+    ).fetchall()
+    for condition, values in _conditions(Receipt._fields, [tuple(key) for key in late]):
+        execute(f"DELETE FROM {deliveries.name} WHERE {condition}", values)
+    return removed + len(late)
