@@ -6,7 +6,6 @@ from typing import Any
 
 from peers.common import Result
 from plan import LINEAR_GOAL, SYSTEMS, THROUGHPUT_GOALS, Case, Goal, Line, System
-from rich.table import Table
 
 Raw = dict[str, dict[str, list[Result]]]
 """Results by case, then by system, in the order of the runs."""
@@ -126,14 +125,15 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def rich_table(rows: list[Row]) -> Table:
-    table = Table(title="Medians (least - most); ÷: Romancy's median divided by the other's")
-    for position, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if position in (0, 1, 9, 10) else "right")
-    for row in rows:
-        *rest, verdict = cells(row)
-        table.add_row(*rest, f"[red]{verdict}" if "NOT MET" in verdict else f"[green]{verdict}")
-    return table
+def plain_table(rows: list[Row]) -> str:
+    """The lines in columns, for a terminal."""
+    table = [HEADINGS, *map(cells, rows)]
+    widths = [max(len(row[n]) for row in table) for n in range(len(HEADINGS))]
+    lines = ["Medians (least - most); ÷: Romancy's median divided by the other's"]
+    for row in table:
+        texts = [text.ljust(widths[n]) if n in (0, 1, 9, 10) else text.rjust(widths[n]) for n, text in enumerate(row)]
+        lines.append("  ".join(texts).rstrip())
+    return "\n".join(lines)
 
 
 def markdown(record: dict[str, Any], rows: list[Row]) -> str:

@@ -23,29 +23,26 @@ from typing import Any
 
 from peers.common import Result
 from plan import Case, cases
-from report import Raw, markdown, rich_table, tabulate
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from report import Raw, markdown, plain_table, tabulate
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
 RESULTS = HERE / "results"
 JOB_TIMEOUT_S = 1_200
 FLUSHES = 200
-WIDTH_IN_A_FILE = 180
 MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 
 
 def main() -> None:
     args = parse_args()
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_IN_A_FILE)
     args.dir.mkdir(parents=True, exist_ok=True)
     refuse_memory(args.dir)
-    peers_python = None if args.no_peers else args.peers_python or sync_peers(console)
+    peers_python = None if args.no_peers else args.peers_python or sync_peers()
     chosen = [case for case in cases(is_quick=args.quick) if not args.only or case.work in args.only]
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.dir, ignore_cleanup_errors=True) as made:
         environment = describe_machine(Path(made))
-        raw = run_all(chosen, args.runs, Runner(Path(made), peers_python), console)
+        raw = run_all(chosen, args.runs, Runner(Path(made), peers_python))
     record = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "options": {
@@ -60,9 +57,9 @@ def main() -> None:
     record["is_one_version"] = is_one_version
     rows = tabulate(chosen, raw)
     save(record, raw, markdown(record, rows), is_complete=not args.quick and not args.only and is_one_version)
-    console.print(rich_table(rows))
+    print(plain_table(rows))
     if not is_one_version:
-        console.print("[red]the sources changed during the run: these figures belong to no one version")
+        print("the sources changed during the run: these figures belong to no one version")
 
 
 def parse_args() -> argparse.Namespace:
@@ -92,10 +89,10 @@ def refuse_memory(folder: Path) -> None:
         raise SystemExit(f"{folder} is in memory ({kinds[mounted]}): give a folder on a disk with --dir")
 
 
-def sync_peers(console: Console) -> str:
+def sync_peers() -> str:
     """An environment of the peers' own, so that their requirements don't meet Romancy's."""
     folder = BUILD / "peers-venv"
-    console.print("bringing the peers' environment up to date …")
+    print("bringing the peers' environment up to date …")
     command = ["uv", "sync", "--quiet", "--no-default-groups", "--group", "peers"]
     subprocess.run(command, cwd=HERE.parent, env=os.environ | {"UV_PROJECT_ENVIRONMENT": str(folder)}, check=True)
     return str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
@@ -185,19 +182,17 @@ def schedule(chosen: list[Case], runs: int, runner: Runner) -> Iterator[tuple[Ca
                     yield case, system, turn
 
 
-def run_all(chosen: list[Case], runs: int, runner: Runner, console: Console) -> Raw:
+def run_all(chosen: list[Case], runs: int, runner: Runner) -> Raw:
     raw: Raw = {}
     jobs = list(schedule(chosen, runs, runner))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(jobs))
+    with tqdm(total=len(jobs), file=sys.stdout, disable=None) as progress:
         for case, system, turn in jobs:
-            progress.update(task, description=f"{case.key}: {system}, run {turn + 1}")
+            progress.set_description(f"{case.key}: {system}, run {turn + 1}")
             result = runner.run(system, case.commands[system])
             raw.setdefault(case.key, {}).setdefault(system, []).append(result)
             if "error" in result:
-                progress.console.print(f"[red]{case.key}: {system}: {result['error']}")
-            progress.advance(task)
+                progress.write(f"{case.key}: {system}: {result['error']}")
+            progress.update()
     return raw
 
 

@@ -19,16 +19,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Annotated, Literal, TextIO
 from zlib import crc32
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
 from sqlalchemy import text
+from tqdm import tqdm
 
 from romancy import (
     App,
@@ -61,8 +60,6 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS charges (order_id TEXT, charge_id TEXT, cents INTEGER, currency TEXT)",
     "CREATE TABLE IF NOT EXISTS shipments (order_id TEXT, tracking TEXT)",
 )
-
-console = Console(markup=False, highlight=False)
 
 # -- What goes into the workflows, and what comes out -----------------------------------------------------
 
@@ -301,12 +298,12 @@ async def process_all(lines: list[Line], database: Path) -> list[Receipt | Rejec
         await tell_of_earlier_run(app, lines)
         shop = await app.start_workflow(open_shop, id="open-shop")
         await shop.result()
-        with Progress("orders", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
-            bar = progress.add_task("orders", total=len(lines))
+        # disable=None: no bar where the output is no terminal.
+        with tqdm(desc="orders", total=len(lines), unit=" orders", file=sys.stdout, disable=None) as bar:
 
             async def follow(line: Line) -> Receipt | Rejection:
                 outcome = await process(app, line)
-                progress.advance(bar)
+                bar.update()
                 return outcome
 
             return await asyncio.gather(*map(follow, lines))
@@ -331,9 +328,9 @@ async def tell_of_earlier_run(app: App, lines: list[Line]) -> None:
     known = [statuses[line.instance_id] for line in lines if line.instance_id in statuses]
     done = sum(status.is_terminal for status in known)
     if done:
-        console.print(f"{done} of {len(lines)} orders were done already")
+        print(f"{done} of {len(lines)} orders were done already")
     if len(known) > done:
-        console.print(f"resumed {len(known) - done} unfinished orders of an earlier run")
+        print(f"resumed {len(known) - done} unfinished orders of an earlier run")
 
 
 # -- The report --------------------------------------------------------------------------------------------
@@ -351,13 +348,17 @@ def report(outcomes: list[Receipt | Rejection], database: Path) -> bool:
 
 def print_rejections(rejections: list[Rejection]) -> None:
     """Name every bad line, and why it is one."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("line", justify="right")
-    table.add_column("order")
-    table.add_column("reason")
+    width = max(get_terminal_size().columns, 40)
+    print(f"\n {'line':>4}  {'order':<8}  reason\n {'-' * 4}  {'-' * 8}  {'-' * 6}")
     for rejection in rejections:
-        table.add_row(str(rejection.line.number), rejection.line.order_id, rejection.reason)
-    console.print(table)
+        head = f" {rejection.line.number:>4}  {on_one_line(rejection.line.order_id):<8}  "
+        print(fill(on_one_line(rejection.reason), width, initial_indent=head, subsequent_indent=" " * len(head)))
+    print()
+
+
+def on_one_line(text: str) -> str:
+    """As it is, or quoted: what comes from a file may hold characters that a terminal obeys."""
+    return text if text.isprintable() else repr(text)
 
 
 def print_totals(receipts: list[Receipt], rejected: int) -> None:
@@ -366,14 +367,15 @@ def print_totals(receipts: list[Receipt], rejected: int) -> None:
     cents: Counter[str] = Counter()
     for receipt in receipts:
         cents[receipt.currency] += receipt.cents
-    table = Table.grid(padding=(0, 1))
-    table.add_column(justify="right")
-    table.add_row(str(notified), "orders shipped, customer notified")
-    table.add_row(str(len(receipts) - notified), "orders shipped, customer's mailbox full")
-    table.add_row(str(rejected), "lines rejected")
-    for currency, amount in sorted(cents.items()):
-        table.add_row(f"{amount / 100:,.2f}", f"{currency} charged")
-    console.print(table)
+    totals = [
+        (f"{notified}", "orders shipped, customer notified"),
+        (f"{len(receipts) - notified}", "orders shipped, customer's mailbox full"),
+        (f"{rejected}", "lines rejected"),
+        *[(f"{amount / 100:,.2f}", f"{currency} charged") for currency, amount in sorted(cents.items())],
+    ]
+    width = max(len(figure) for figure, _ in totals)
+    for figure, what in totals:
+        print(f"{figure:>{width}} {what}")
 
 
 def check_books(receipts: list[Receipt], database: Path) -> bool:
@@ -390,13 +392,11 @@ def check_books(receipts: list[Receipt], database: Path) -> bool:
     once = sum(charged[order] == 1 for order in orders)
     twice = sum(count > 1 for count in charged.values())
     adds_up = not wrong_shelves and all(reserved[order] == shipped[order] == 1 for order in orders)
-    is_fine = once == len(orders) and twice == 0 and adds_up
-    console.print(
+    print(
         f"\n{len(orders)} orders, {once} charged exactly once, {twice} charged twice, "
-        f"stock {'adds up' if adds_up else 'does not add up'}",
-        style="green" if is_fine else "bold red",
+        f"stock {'adds up' if adds_up else 'does not add up'}"
     )
-    return is_fine
+    return once == len(orders) and twice == 0 and adds_up
 
 
 def main() -> None:
@@ -429,5 +429,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        console.print("\nStopped. Nothing is lost: the same command goes on from here.")
+        print("\nStopped. Nothing is lost: the same command goes on from here.")
         sys.exit(130)

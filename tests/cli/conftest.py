@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from click.testing import CliRunner, Result
 
 from romancy import App, RetryPolicy, WorkflowContext, WorkflowFailedError, WorkflowSuspendedError, activity, workflow
 from romancy.cli import app as command_line
@@ -125,12 +125,14 @@ def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def run(_utc: None, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Call the command line in this process: ``run("list", …, width=80)``."""
-    monkeypatch.delenv("ROMANCY_DATABASE", raising=False)
+    """Call the command line in this process: ``run("list", …, width=80)``; ``width=None`` is a pipe."""
+    for name in ("ROMANCY_DATABASE", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
 
-    def run(*words: str | Path, width: int = 120, **environment: str) -> Result:
+    def run(*words: str | Path, width: int | None = 120, **environment: str) -> Result:
+        columns = "" if width is None else f"{width}"
         return CliRunner().invoke(
-            command_line, [str(word) for word in words], env={"COLUMNS": f"{width}", **environment}
+            command_line, [str(word) for word in words], env={"COLUMNS": columns, **environment}, color=True
         )
 
     return run

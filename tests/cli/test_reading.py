@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.cells import cell_len
 
+from romancy.cli.text import cell_len
 from tests.cli.conftest import LONG_ID, NASTY, Run
 from tests.databases import rows
 
@@ -28,9 +29,46 @@ def test_list_lines_up_and_keeps_to_the_width(run: Run, shop: Path, width: int) 
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["id", "workflow", "status", "started", "took"]
-    assert {cell_len(line) for line in lines} == {width}
+    assert max(cell_len(line) for line in lines) <= width
+    assert not [line for line in lines if line != line.rstrip()]
     at = lines[0].index("status")
-    assert {line[at:].split()[0] for line in lines[1:] if line[at] != " "} >= {"pending", "suspended", "completed"}
+    assert {line[at:].split()[0] for line in lines[1:] if line[at:][:1].strip()} >= {
+        "pending",
+        "suspended",
+        "completed",
+    }
+
+
+def test_a_pipe_gets_a_line_for_each_instance_and_event(run: Run, shop: Path) -> None:
+    lines = run("list", "--database", shop, width=None).stdout.splitlines()
+    assert len(lines) == 1 + 7
+    (line,) = [line for line in lines if line.startswith(LONG_ID)]
+    assert line.split()[1:3] == ["process_order", "completed"]
+    events = run("history", "poor", "--database", shop, width=None).stdout.splitlines()[3:]
+    assert [event.split()[0] for event in events] == ["1", "2", "3", "4"]
+    assert events[-1].endswith("or give the activity another RetryPolicy")
+
+
+def test_a_narrow_terminal_gets_blocks(run: Run, shop: Path) -> None:
+    lines = run("list", "--database", shop, "--id", "user-1", width=30).stdout.splitlines()
+    assert lines[:3] == ["id        user-1", "workflow  user_registration", "status    suspended"]
+    lines = run("history", "poor", "--database", shop, width=40).stdout.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert [line.split()[1] for line in lines if line.startswith("kind ")] == [
+        "ActivityCompleted", "ActivityRetryScheduled", "ActivityFailed", "WorkflowFailed",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "poor"], ["history", "poor"]])
+def test_colors_can_be_forced_and_forbidden_and_change_nothing_else(run: Run, shop: Path, command: list[str]) -> None:
+    plain, forced, forbidden = [
+        run(*command, "--database", shop, width=80, **colors).stdout
+        for colors in ({}, {"FORCE_COLOR": "1"}, {"FORCE_COLOR": "1", "NO_COLOR": "1"})
+    ]
+    assert "\x1b[" not in plain + forbidden
+    assert re.search(r"\x1b\[1;31m(failed|WorkflowFailed)\x1b\[0m", forced)
+    stripped = re.sub(r"\x1b\[[\d;]+m", "", forced)
+    assert [line[:40] for line in stripped.splitlines()] == [line[:40] for line in plain.splitlines()]
 
 
 def test_list_as_json(run: Run, shop: Path) -> None:

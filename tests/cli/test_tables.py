@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
 
 from romancy import ErrorInfo, HistoryEvent, HistoryKind, Instance, Status
+from romancy.cli.screen import UNBROKEN, Screen
 from romancy.cli.tables import history_table, instance_table
+from romancy.cli.text import cell_len
 
 NOW = datetime(2026, 11, 20, 14, 5, 12, tzinfo=UTC)
 UUIDS = [f"01a1f963-d918-7000-817f-81d0151c630{n}" for n in range(9)]
@@ -111,41 +109,62 @@ seq  kind                    activity              try  at                      
 """
 
 
-def rendered(table: Table, width: int) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(cell_len(line) <= width for line in text.splitlines())
-    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+def lines_of(table: str, width: int) -> list[str]:
+    """The table's lines, which keep to the width and end in no blank."""
+    lines = table.split("\n")
+    assert max(cell_len(line) for line in lines) <= width
+    assert lines == [line.rstrip() for line in lines]
+    return lines
+
+
+def of_instances(instances: list[Instance], width: int, **screen: Any) -> list[str]:
+    return lines_of(instance_table(instances, Screen(width, **screen), NOW), width)
+
+
+def of_events(events: list[HistoryEvent], width: int, **screen: Any) -> list[str]:
+    return lines_of(history_table(events, Screen(width, **screen), NOW), width)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(80, INSTANCES_AT_80), (120, INSTANCES_AT_120)])
 def test_instances_line_up(width: int, expected: str) -> None:
-    assert rendered(instance_table(INSTANCES, width, NOW), width) == expected
+    assert of_instances(INSTANCES, width) == expected.splitlines()
 
 
 @pytest.mark.parametrize(("width", "expected"), [(80, HISTORY_AT_80), (120, HISTORY_AT_120)])
 def test_history_lines_up(width: int, expected: str) -> None:
-    assert rendered(history_table(EVENTS, width, NOW), width) == expected
+    assert of_events(EVENTS, width) == expected.splitlines()
 
 
-@pytest.mark.parametrize("width", [60, 80, 109, 110, 120, 200])
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 109, 110, 120, 200])
 def test_the_longest_names_keep_to_the_width(width: int) -> None:
     longest = an_instance("i" * 200, "w" * 200, Status.WAITING_FOR_MESSAGE, timedelta(days=40), None)
-    rendered(instance_table([longest, *INSTANCES], width, NOW), width)
+    of_instances([longest, *INSTANCES], width)
     event = an_event(1_000_000, HistoryKind.ACTIVITY_RETRY_SCHEDULED, "a" * 400, attempt=1_000, result="r" * 10_000)
-    text = rendered(history_table([event, *EVENTS], width, NOW), width)
-    assert "r" * 400 not in text.replace("\n", "")
+    lines = of_events([event, *EVENTS], width)
+    assert "r" * 400 not in "".join(lines)
 
 
-def test_payloads_reach_no_terminal_raw_and_are_no_markup() -> None:
+def test_a_pipe_has_a_line_a_row_with_nothing_cut_off() -> None:
+    event = an_event(1, HistoryKind.ACTIVITY_COMPLETED, "a" * 400, result="r" * 10_000)
+    header, line = of_events([event], UNBROKEN)
+    assert line.endswith("r" * 10_000 + '"')
+    assert header.index("outcome") == line.index('"r')
+
+
+def test_columns_line_up_where_only_ascii_is_known() -> None:
+    header, first, *more = of_instances(INSTANCES, 120, encoding="ascii")
+    assert all(line.isascii() for line in [first, *more])
+    assert first.endswith(" 4.2s...")
+    (wide,) = [line for line in more if line.startswith("\\u6771\\u4eac-")]
+    assert wide.index("bill") == header.index("workflow")
+
+
+def test_payloads_reach_no_terminal_raw() -> None:
     nasty = "\x1b[31m [red]x[/red] :smile: \u202e"
     instance = an_instance(nasty, nasty, Status.RUNNING, timedelta(), None)
     event = an_event(1, HistoryKind.ACTIVITY_FAILED, nasty, error=ErrorInfo("m.E", nasty))
-    for text in (
-        rendered(instance_table([instance], 120, NOW), 120),
-        rendered(history_table([event], 200, NOW), 200),
-    ):
+    for lines in (of_instances([instance], 120), of_events([event], 200)):
+        text = "\n".join(lines)
         assert "\x1b" not in text
         assert "\u202e" not in text
         assert "\\x1b[31m [red]x[/red] :smile: \\u202e" in text

@@ -5,9 +5,18 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from rich.cells import cell_len
 
-from romancy.cli.text import crop, day_or_time, duration, fold, printable, printable_lines, short_time
+from romancy.cli.text import (
+    cell_len,
+    crop,
+    day_or_time,
+    duration,
+    fold,
+    printable,
+    printable_lines,
+    short_time,
+    wrap,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,17 +71,56 @@ def test_short_time_says_what_is_not_obvious() -> None:
         ("ActivityRetryScheduled", 13, ["ActivityRetry", "Scheduled"]),
         ("a_xxxxxxxxxx", 6, ["a_xxxx", "xxxxxx"]),
         ("東京東京", 5, ["東京", "東京"]),
+        ("abcde", 5, ["abcde"]),
         ("", 5, [""]),
     ],
 )
 def test_names_are_folded_between_their_parts(text: str, width: int, lines: list[str]) -> None:
-    assert fold(text, width).split("\n") == lines
+    assert fold(text, width) == lines
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 10])
 def test_folding_and_cropping_keep_to_the_width(width: int) -> None:
     text = "a_b東京-c.d" * 5
-    folded = fold(text, max(width, 2)).split("\n")
+    folded = fold(text, max(width, 2))
     assert "".join(folded) == text
     assert all(cell_len(line) <= max(width, 2) for line in folded)
     assert cell_len(crop(text, width)) <= width
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [
+        ("plain", 5),
+        ("Müller", 6),
+        ("Mu\u0308ller", 6),
+        ("東京", 4),
+        ("🚀", 2),
+        ("ﾊﾛｰ", 3),
+        ("한국", 4),
+        ("\u1112\u1161\u11ab", 2),
+    ],
+)
+def test_wide_characters_take_two_cells_and_accents_none(text: str, cells: int) -> None:
+    assert cell_len(text) == cells
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("the bank says no", 8, ["the bank", "says no"]),
+        ("the bank says no", 9, ["the bank", "says no"]),
+        ('    "sku": 17', 11, ['    "sku":', "17"]),
+        ("no_such_word here", 8, ["no_such_", "word", "here"]),
+        ("東京 東京 x", 5, ["東京", "東京", "x"]),
+        ("", 5, [""]),
+    ],
+)
+def test_prose_is_broken_between_words(text: str, width: int, lines: list[str]) -> None:
+    assert wrap(text, width) == lines
+
+
+def test_a_payload_of_megabytes_is_folded_at_once() -> None:
+    text = "x" * 2_000_000
+    assert "".join(wrap(text, 78)) == text
+    assert "".join(fold("ü" + text, 78)) == "ü" + text

@@ -6,41 +6,33 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.console import Console
-from rich.text import Text
+import click
 
 from romancy._version import __version__
 from romancy.cli import database as db
 from romancy.cli import documents, worker
 from romancy.cli.details import instance_details, next_steps
+from romancy.cli.screen import Screen
 from romancy.cli.tables import history_table, instance_table
 from romancy.cli.text import command, printable
 from romancy.errors import InstanceNotFoundError, RomancyError
 from romancy.model import HistoryEvent, Instance, InstancePage, Status
 
-app = typer.Typer(
-    name="romancy",
-    help="Look into a Romancy database, mend what is in it, run a worker.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+database_option = click.option(
+    "--database",
+    metavar="DB",
+    envvar="ROMANCY_DATABASE",
+    show_envvar=True,
+    required=True,
+    help="A path such as orders.db, or a URL such as postgresql://user@host/orders.",
 )
-
-DatabaseOption = Annotated[
-    str,
-    typer.Option(
-        "--database", metavar="DB", envvar="ROMANCY_DATABASE", help="A path such as orders.db, or sqlite:///orders.db."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document, for programs.")]
-InstanceArgument = Annotated[str, typer.Argument(metavar="ID", help="The instance's id, whole.")]
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, for programs.")
+instance_argument = click.argument("instance_id", metavar="ID")
 
 
 def main() -> None:
@@ -50,48 +42,46 @@ def main() -> None:
         reconfigure: Callable[..., None] | None = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
-    app()
+    app(prog_name="romancy")
 
 
-def _print_version(is_wanted: bool) -> None:
-    if is_wanted:
-        typer.echo(f"romancy {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", metavar="", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    del version
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="romancy %(version)s", help="Print the version.")
+def app() -> None:
+    """Look into a Romancy database, mend what is in it, run a worker."""
 
 
 # -- the commands ----------------------------------------------------------------------------------
 
 
 @app.command("list")
+@database_option
+@click.option("--workflow", metavar="PART", help="A part of the workflow's name.")
+@click.option("--status", metavar="STATUS", help=f"One of {', '.join(Status)}.")
+@click.option("--id", "instance_id", metavar="PART", help="A part of the id.")
+@click.option(
+    "--input",
+    "inputs",
+    metavar="PATH=VALUE",
+    multiple=True,
+    help="Only instances whose input holds this value, such as order.id=17 or items.0.sku=A1. The value is JSON where "
+    'it can be: 17 is a number, "17" (with the quotes) a text. May be repeated: all must match.',
+)
+@click.option("--limit", metavar="N", type=int, default=50, show_default=True, help="Instances a page, up to 1000.")
+@click.option("--page-token", metavar="TOKEN", help="Go on where a page ended.")
+@json_option
 def list_instances(
-    database: DatabaseOption,
-    workflow: Annotated[str | None, typer.Option(metavar="PART", help="A part of the workflow's name.")] = None,
-    status: Annotated[str | None, typer.Option(metavar="STATUS", help=f"One of {', '.join(Status)}.")] = None,
-    instance_id: Annotated[str | None, typer.Option("--id", metavar="PART", help="A part of the id.")] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="PATH=VALUE",
-            help="Only instances whose input holds this value, such as order.id=17 or items.0.sku=A1. The value is "
-            'JSON where it can be: 17 is a number, "17" (with the quotes) a text. May be repeated: all must match.',
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(metavar="N", help="Instances a page, from 1 to 1000.")] = 50,
-    page_token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Go on where a page ended.")] = None,
-    as_json: JsonOption = False,
+    database: str,
+    workflow: str | None,
+    status: str | None,
+    instance_id: str | None,
+    inputs: Sequence[str],
+    limit: int,
+    page_token: str | None,
+    as_json: bool,
 ) -> None:
     """List instances, newest first."""
-    filters = _read_filters(inputs or [])
+    filters = _read_filters(inputs)
 
     async def read() -> InstancePage:
         async with db.open_queries(database) as queries:
@@ -111,12 +101,15 @@ def list_instances(
             return
         again = {"--workflow": workflow, "--status": status, "--id": instance_id, "--limit": str(limit)}
         options = [word for name, value in again.items() if value is not None for word in (name, value)]
-        options += [word for text in inputs or [] for word in ("--input", text)]
+        options += [word for text in inputs for word in ("--input", text)]
         _print_page(page, ["list", "--database", database, *options])
 
 
 @app.command()
-def show(instance_id: InstanceArgument, database: DatabaseOption, as_json: JsonOption = False) -> None:
+@instance_argument
+@database_option
+@json_option
+def show(instance_id: str, database: str, as_json: bool) -> None:
     """Show all of one instance, and what to do next."""
 
     async def read() -> Instance:
@@ -132,12 +125,11 @@ def show(instance_id: InstanceArgument, database: DatabaseOption, as_json: JsonO
 
 
 @app.command()
-def history(
-    instance_id: InstanceArgument,
-    database: DatabaseOption,
-    run: Annotated[int | None, typer.Option(metavar="N", min=1, max=2**31 - 1, help="Not the latest run.")] = None,
-    as_json: JsonOption = False,
-) -> None:
+@instance_argument
+@database_option
+@click.option("--run", metavar="N", type=click.IntRange(min=1), help="An earlier run; by default the latest.")
+@json_option
+def history(instance_id: str, database: str, run: int | None, as_json: bool) -> None:
     """Show what is recorded of an instance, step by step."""
 
     async def read() -> tuple[Instance, int, list[HistoryEvent]]:
@@ -158,8 +150,11 @@ def history(
             _print_history(instance, wanted, events)
 
 
-@app.command()
-def resume(instance_id: InstanceArgument, database: DatabaseOption, as_json: JsonOption = False) -> None:
+@app.command(short_help="Let a suspended instance go on.")
+@instance_argument
+@database_option
+@json_option
+def resume(instance_id: str, database: str, as_json: bool) -> None:
     """Let a suspended instance go on, from its history, with the code as it is now."""
     with _errors_shown(as_json):
         instance = asyncio.run(db.resume(database, instance_id))
@@ -170,7 +165,9 @@ def resume(instance_id: InstanceArgument, database: DatabaseOption, as_json: Jso
 
 
 @app.command()
-def migrate(database: DatabaseOption, as_json: JsonOption = False) -> None:
+@database_option
+@json_option
+def migrate(database: str, as_json: bool) -> None:
     """Create Romancy's tables in a database, or bring them up to date."""
     with _errors_shown(as_json):
         done = db.migrate(database)
@@ -192,15 +189,14 @@ def migrate(database: DatabaseOption, as_json: JsonOption = False) -> None:
         _print_line(f"{done.database}: {lines[done.action]}")
 
 
-@app.command("worker")
-def run_worker(
-    target: Annotated[str, typer.Argument(metavar="MODULE:APP", help="Where the App is, such as shop.main:app.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document a line, for programs.")] = False,
-) -> None:
+@app.command("worker", short_help="Run an app's workflows until Ctrl+C or SIGTERM.")
+@click.argument("target", metavar="MODULE:APP")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document a line, for programs.")
+def run_worker(target: str, as_json: bool) -> None:
     """Run an app's workflows until Ctrl+C or SIGTERM, then hand back what is unfinished.
 
-    The argument names an App object, or a callable that returns one; the current directory comes first on the import
-    path. A second signal ends the process at once, which is safe: others take its instances over.
+    MODULE:APP, such as shop.main:app, names an App object, or a callable that returns one; the current directory comes
+    first on the import path. A second signal ends the process at once, which is safe: others take its instances over.
     """
     with _errors_shown(as_json):
         found = worker.load_app(target)
@@ -227,15 +223,15 @@ def run_worker(
 # -- reading options -------------------------------------------------------------------------------
 
 
-def _read_filters(inputs: list[str]) -> dict[str, Any]:
+def _read_filters(inputs: Sequence[str]) -> dict[str, Any]:
     """``order.id=17`` as ``{"order.id": 17}``."""
     filters: dict[str, Any] = {}
     for text in inputs:
         path, separator, value = text.partition("=")
         if not separator or not path:
-            raise typer.BadParameter(f"{text!r} is no PATH=VALUE, such as order.id=17", param_hint="--input")
+            raise click.BadParameter(f"{text!r} is no PATH=VALUE, such as order.id=17", param_hint="--input")
         if path in filters:
-            raise typer.BadParameter(f"the path {path!r} is given twice: all must match", param_hint="--input")
+            raise click.BadParameter(f"the path {path!r} is given twice: all must match", param_hint="--input")
         filters[path] = _read_value(value)
     return filters
 
@@ -257,17 +253,13 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-
-
 def _print_line(text: str) -> None:
     """A line that only the terminal itself breaks, so that commands and paths can be copied."""
     _print_raw(printable(text))
 
 
-def _print_raw(text: str) -> None:
-    typer.echo(text)
+def _print_raw(text: str, screen: Screen | None = None) -> None:
+    click.echo(text, color=screen is not None and screen.has_color)
     sys.stdout.flush()
 
 
@@ -276,35 +268,32 @@ def _print_json(document: Any) -> None:
 
 
 def _print_page(page: InstancePage, again: list[str]) -> None:
-    console = _console()
     if not page.instances:
-        console.print(
-            "no instances match" if {"--workflow", "--status", "--id", "--input"} & {*again} else "no instances"
-        )
+        is_filtered = {"--workflow", "--status", "--id", "--input"} & {*again}
+        _print_line("no instances match" if is_filtered else "no instances")
         return
-    console.print(instance_table(page.instances, console.width, _now()))
+    screen = Screen.of(sys.stdout)
+    lines = [instance_table(page.instances, screen, _now())]
     if page.next_page_token is not None:
-        console.print("\nThere are more:", style="dim")
-        _print_line(command(*again, "--page-token", page.next_page_token))
+        next_page = printable(command(*again, "--page-token", page.next_page_token))
+        lines += ["", screen.paint("There are more:", "dim"), next_page]
+    _print_raw("\n".join(lines), screen)
 
 
 def _print_instance(instance: Instance, database: str) -> None:
-    console = _console()
-    console.print(instance_details(instance, _now()))
-    console.print("\nnext", style="bold")
-    for step in next_steps(instance, database):
-        # Broken by the terminal alone, so that commands can be copied.
-        console.print(f"  {printable(step)}", soft_wrap=True)
+    screen = Screen.of(sys.stdout)
+    lines = [instance_details(instance, screen, _now()), "", screen.paint("next", "bold")]
+    # Broken by the terminal alone, so that commands can be copied.
+    lines += [f"  {printable(step)}" for step in next_steps(instance, database)]
+    _print_raw("\n".join(lines), screen)
 
 
 def _print_history(instance: Instance, run: int, events: list[HistoryEvent]) -> None:
-    console = _console()
-    facts = f"  {printable(instance.workflow_name)}, run {run}, {instance.status}"
-    console.print(Text.assemble((printable(instance.instance_id), "bold"), facts), end="\n\n", soft_wrap=True)
-    if events:
-        console.print(history_table(events, console.width, _now()))
-    else:
-        console.print("nothing is recorded yet")
+    screen = Screen.of(sys.stdout)
+    title = screen.paint(screen.show(printable(instance.instance_id)), "bold")
+    facts = screen.show(f"  {printable(instance.workflow_name)}, run {run}, {instance.status}")
+    body = history_table(events, screen, _now()) if events else "nothing is recorded yet"
+    _print_raw(f"{title}{facts}\n\n{body}", screen)
 
 
 @contextmanager
@@ -316,5 +305,7 @@ def _errors_shown(as_json: bool) -> Iterator[None]:
         if as_json:
             _print_json(documents.of_error(error))
         else:
-            _console(stderr=True).print(Text(f"error: {printable(str(error))}", style="red"), soft_wrap=True)
-        raise typer.Exit(1) from None
+            screen = Screen.of(sys.stderr)
+            message = screen.show(f"error: {printable(str(error))}")
+            click.echo(screen.paint(message, "red"), err=True, color=screen.has_color)
+        raise click.exceptions.Exit(1) from None

@@ -6,28 +6,28 @@ import json
 from collections.abc import Iterator
 from datetime import datetime
 
-from rich.console import Group, RenderableType
-from rich.highlighter import JSONHighlighter
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
-from romancy.cli.tables import STATUS_STYLES, took
-from romancy.cli.text import command, duration, exact_time, printable, printable_lines
+from romancy.cli.screen import Screen
+from romancy.cli.tables import NARROWEST, STATUS_STYLES, took
+from romancy.cli.text import command, duration, exact_time, printable, printable_lines, wrap
 from romancy.model import ErrorInfo, Instance, Status
 
 INDENT = 2
 
 
-def instance_details(instance: Instance, now: datetime) -> RenderableType:
+def instance_details(instance: Instance, screen: Screen, now: datetime) -> str:
     """All of an instance, top to bottom: facts, input, result or error."""
-    parts: list[RenderableType] = [Text(printable(instance.instance_id), style="bold"), _facts(instance, now)]
-    parts += [_heading("input"), _payload(instance.input)]
+    lines = [screen.paint(screen.show(printable(instance.instance_id)), "bold")]
+    lines += _facts(instance, screen, now)
+    lines += _section("input", _payload(instance.input), screen)
     if instance.status is Status.COMPLETED:
-        parts += [_heading("result"), _payload(instance.result)]
+        lines += _section("result", _payload(instance.result), screen)
     if instance.error is not None:
-        parts += [_heading("error"), _error(instance.error)]
-    return Group(*parts)
+        name = instance.error.type.removeprefix("builtins.")
+        lines += _section("error", f"{name}: {instance.error.message}", screen, "red")
+        frames = _frames(instance.error)
+        if frames:
+            lines += ["", *_body(frames, screen, "dim")]
+    return "\n".join(lines)
 
 
 def next_steps(instance: Instance, database: str) -> Iterator[str]:
@@ -47,14 +47,16 @@ def next_steps(instance: Instance, database: str) -> Iterator[str]:
     yield command("history", instance.instance_id, "--database", database)
 
 
-def _facts(instance: Instance, now: datetime) -> RenderableType:
-    facts = Table.grid(padding=(0, 2, 0, 0))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, fact in _list_facts(instance, now):
+def _facts(instance: Instance, screen: Screen, now: datetime) -> Iterator[str]:
+    facts = list(_list_facts(instance, now))
+    longest = max(len(name) for name, _ in facts)
+    start = INDENT + longest + 2
+    for name, fact in facts:
         style = STATUS_STYLES.get(instance.status, "") if name == "status" else ""
-        facts.add_row(name, Text(printable(fact), style=style))
-    return _indented(facts)
+        lines = wrap(screen.show(printable(fact)), max(screen.width - start, NARROWEST))
+        label = " " * INDENT + screen.paint(name, "dim") + " " * (longest + 2 - len(name))
+        for n, line in enumerate(lines):
+            yield (" " * start if n else label) + screen.paint(line, style)
 
 
 def _list_facts(instance: Instance, now: datetime) -> Iterator[tuple[str, str]]:
@@ -84,23 +86,19 @@ def _moment(time: datetime, now: datetime) -> str:
     return f"{exact_time(time)} {time.astimezone():%z} ({away})"
 
 
-def _heading(name: str) -> Text:
-    return Text(f"\n{name}", style="bold")
+def _section(name: str, text: str, screen: Screen, style: str = "") -> list[str]:
+    return ["", screen.paint(name, "bold"), *_body(text, screen, style)]
 
 
-def _payload(value: object) -> RenderableType:
-    text = Text(printable_lines(json.dumps(value, indent=2, ensure_ascii=False)), overflow="fold")
-    JSONHighlighter().highlight(text)
-    return _indented(text)
+def _body(text: str, screen: Screen, style: str) -> Iterator[str]:
+    """The text's lines, indented, and broken where the screen ends."""
+    for line in screen.show(printable_lines(text)).split("\n"):
+        for part in wrap(line, max(screen.width - INDENT, NARROWEST)):
+            yield " " * INDENT + screen.paint(part, style) if part else ""
 
 
-def _error(error: ErrorInfo) -> RenderableType:
-    name = error.type.removeprefix("builtins.")
-    summary = Text(printable_lines(f"{name}: {error.message}"), style="red", overflow="fold")
-    frames = _frames(error)
-    if not frames:
-        return _indented(summary)
-    return _indented(Group(summary, Text(), Text(printable_lines(frames), style="dim", overflow="fold")))
+def _payload(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def _frames(error: ErrorInfo) -> str:
@@ -108,7 +106,3 @@ def _frames(error: ErrorInfo) -> str:
     text = error.traceback.rstrip()
     message = error.message.rstrip()
     return text.removesuffix(message).rpartition("\n")[0] if text.endswith(message) else text
-
-
-def _indented(part: RenderableType) -> Padding:
-    return Padding(part, (0, 0, 0, INDENT), expand=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from datetime import datetime, timedelta
-
-from rich.cells import cell_len, chop_cells
+from functools import lru_cache
+from unicodedata import category, east_asian_width
 
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1: what terminals obey
@@ -14,6 +14,7 @@ _UNSAFE = re.compile(
     "\u2028\u2029\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _BREAK_AFTER = re.compile(r"[-_.:/](?=.)|(?<=[a-z])(?=[A-Z])")
+_WORD = re.compile(" *[^ ]+")
 
 
 def printable(text: str) -> str:
@@ -70,21 +71,67 @@ def day_or_time(time: datetime, now: datetime) -> str:
     return time.strftime("%b %d" if time.year == now.year else "%b %Y")
 
 
-def fold(text: str, width: int) -> str:
+def cell_len(text: str) -> int:
+    """How many cells of a terminal the text takes, once it is printable: wide characters two, accents none."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def fold(text: str, width: int) -> list[str]:
     """The text on lines of at most this many cells, broken between its parts where that wastes little."""
     lines: list[str] = []
-    while cell_len(text) > width:
-        fitting = chop_cells(text, width)[0] or text[0]
-        ends = [found.end() for found in _BREAK_AFTER.finditer(text) if len(fitting) / 3 < found.end() <= len(fitting)]
-        end = ends[-1] if ends else len(fitting)
-        lines.append(text[:end])
-        text = text[end:]
-    return "\n".join([*lines, text])
+    start = 0
+    while (end := _fitting(text, start, width)) < len(text):
+        # One character more, for a part never ends at the text's own end.
+        breaks = [start + found.end() for found in _BREAK_AFTER.finditer(text[start : end + 1])]
+        good = [place for place in breaks if (end - start) / 3 < place - start <= end - start]
+        lines.append(text[start : good[-1] if good else end])
+        start += len(lines[-1])
+    return [*lines, text[start:]]
 
 
-def crop(text: str, cells: int) -> str:
+def wrap(text: str, width: int) -> list[str]:
+    """The text on lines of at most this many cells, broken between words; words that are too long are folded."""
+    if cell_len(text) <= width:
+        return [text]
+    lines: list[str] = []
+    line = ""
+    for word in _WORD.findall(text):
+        if cell_len(line) + cell_len(word) <= width:
+            line += word
+            continue
+        if line:
+            lines.append(line)
+        *full, line = fold(word.lstrip(" ") if lines else word, width)
+        lines += full
+    return [*lines, line]
+
+
+def crop(text: str, cells: int, end: str = "…") -> str:
     """The text, cut off with an ellipsis where it is wider than this."""
-    return text if cell_len(text) <= cells else chop_cells(text, cells - 1)[0] + "…"
+    if cell_len(text) <= cells:
+        return text
+    room = cells - cell_len(end)
+    return (text[: _fitting(text, 0, room)] if room > 0 else "") + end
+
+
+def _fitting(text: str, start: int, width: int) -> int:
+    """Where the line ends that begins at ``start``; it holds one character at least."""
+    if text.isascii():
+        return min(start + max(width, 1), len(text))
+    room = width
+    for place in range(start, len(text)):
+        room -= _cells(text[place])
+        if room < 0 and place > start:
+            return place
+    return len(text)
+
+
+@lru_cache(4096)
+def _cells(char: str) -> int:
+    # The vowels and finals of Hangul join the consonant before them.
+    if category(char) in {"Mn", "Me", "Cf"} or "\u1160" <= char <= "\u11ff":
+        return 0
+    return 2 if east_asian_width(char) in {"W", "F"} else 1
 
 
 def command(*words: str) -> str:
