@@ -58,7 +58,10 @@ def main() -> None:
     args = parser.parse_args()
     module = args.module or args.distribution
     started = time.perf_counter()
-    importlib.import_module(module)
+    imported = importlib.import_module(module)
+    for name in getattr(imported, "__all__", ()):
+        # Some packages import what they export when it is first asked for.
+        getattr(imported, name)
     seconds = time.perf_counter() - started
     needed = required(args.distribution)
     size = sum(size_of(distribution, name.replace("-", "_")) for name, distribution in needed.items())

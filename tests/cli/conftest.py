@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from romancy import App, RetryPolicy, WorkflowContext, WorkflowFailedError, WorkflowSuspendedError, activity, workflow
-from romancy.cli import app as command_line
+from romancy.cli.commands import app as command_line
 from romancy.testing import isolated_catalogue
 
 NASTY = "\x1b]0;owned\x07 \x9b31m [bold]loud[/bold] \u202eback \x7f"

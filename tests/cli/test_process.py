@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import romancy
 from romancy import __version__
 from tests.cli.conftest import EXECUTABLE
 
@@ -75,15 +75,29 @@ def test_a_reader_that_goes_away_early_gets_no_traceback(shop: Path) -> None:
     process.wait(30)
 
 
-def test_help_and_version_import_no_sqlalchemy_on_their_own_account() -> None:
-    """With a package that imports nothing by itself, to look at the command line alone."""
-    code = f"""
-import json, sys, types
-package = types.ModuleType("romancy")
-package.__path__ = {[str(Path(romancy.__file__).parent)]!r}
-sys.modules["romancy"] = package
-import romancy.cli
+def test_help_and_version_import_no_sqlalchemy() -> None:
+    code = """
+import json, sys
+import romancy.cli.commands
 print(json.dumps([name for name in sys.modules if "." not in name]))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert not {"sqlalchemy", "aiosqlite", "alembic", "pydantic"} & {*json.loads(result.stdout)}
+
+
+@pytest.mark.parametrize("module", ["click", "sqlalchemy"])
+def test_an_interrupt_while_it_imports_ends_it_without_a_traceback(tmp_path: Path, module: str) -> None:
+    """By the signal itself, so that a shell's loop ends, too."""
+    (tmp_path / f"{module}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    with subprocess.Popen(
+        [EXECUTABLE, "list", "--database", tmp_path / "x.db"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -signal.SIGINT

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +87,22 @@ def test_every_public_name_exists_and_is_documented() -> None:
     for name in set(romancy.__all__) - {"__version__"}:
         assert inspect.getdoc(getattr(romancy, name)), name
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", romancy.__version__)
+
+
+def test_public_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(romancy.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "romancy" in str(node.module)]
+    seen = {alias.name: str(node.module) for node in imports for alias in node.names}
+    assert sorted(seen) == sorted(romancy.__all__)
+    for name, module in seen.items():
+        assert getattr(romancy, name) is getattr(import_module(module), name), name
+
+
+def test_names_that_are_none_are_no_attributes_and_modules_are() -> None:
+    assert not hasattr(romancy, "Worklfow")
+    assert not hasattr(romancy, "__wrapped__")
+    assert romancy.tuning.tune_garbage_collector
+    assert set(romancy.__all__) <= set(dir(romancy))
 
 
 def _drawn() -> dict[str, tuple[str | None, str]]:

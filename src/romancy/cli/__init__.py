@@ -6,6 +6,17 @@
 ``documents`` to programs. Whatever comes from the database passes ``text.printable`` on its way to a terminal.
 """
 
-from romancy.cli.commands import app, main
+import signal
 
-__all__ = ["app", "main"]
+
+def main() -> None:
+    """Run the command line; the entry point ``romancy``."""
+    # Ctrl+C during the imports, or in a query, simply ends the process; a worker catches it once it runs.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from romancy.cli.commands import run  # noqa: PLC0415
+
+    run()
+
+
+__all__ = ["main"]

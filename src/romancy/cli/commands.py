@@ -35,8 +35,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 instance_argument = click.argument("instance_id", metavar="ID")
 
 
-def main() -> None:
-    """Run the command line; the entry point ``romancy``."""
+def run() -> None:
+    """Run the command line of this process."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show a character gets its escape.
         reconfigure: Callable[..., None] | None = getattr(stream, "reconfigure", None)
