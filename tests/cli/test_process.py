@@ -96,8 +96,11 @@ def test_an_interrupt_while_it_imports_ends_it_without_a_traceback(tmp_path: Pat
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "importing\n"
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30) == ("", "")
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "importing\n"
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30) == ("", "")
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGINT
