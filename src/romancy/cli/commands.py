@@ -9,19 +9,25 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from romancy._version import __version__
 from romancy.cli import database as db
 from romancy.cli import documents, worker
+from romancy.cli.crew import Crew
 from romancy.cli.details import instance_details, next_steps
+from romancy.cli.lifeline import Lifeline
 from romancy.cli.screen import Screen
 from romancy.cli.tables import history_table, instance_table
 from romancy.cli.text import command, printable
-from romancy.errors import InstanceNotFoundError, RomancyError
+from romancy.errors import ConfigurationError, InstanceNotFoundError, RomancyError
 from romancy.model import HistoryEvent, Instance, InstancePage, Status
+
+if TYPE_CHECKING:
+    from romancy.app import App
 
 database_option = click.option(
     "--database",
@@ -191,33 +197,77 @@ def migrate(database: str, as_json: bool) -> None:
 
 @app.command("worker", short_help="Run an app's workflows until Ctrl+C or SIGTERM.")
 @click.argument("target", metavar="MODULE:APP")
+@click.option(
+    "--processes",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Run N processes, replace those that die, and stop all together; by default this one process runs the app.",
+)
+@click.option("--process", metavar="K", type=int, hidden=True, help="The number of this process, one of several.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document a line, for programs.")
-def run_worker(target: str, as_json: bool) -> None:
+def run_worker(target: str, processes: int | None, process: int | None, as_json: bool) -> None:
     """Run an app's workflows until Ctrl+C or SIGTERM, then hand back what is unfinished.
 
     MODULE:APP, such as shop.main:app, names an App object, or a callable that returns one; the current directory comes
     first on the import path. A second signal ends the process at once, which is safe: others take its instances over.
     """
+    exit_code = 0
     with _errors_shown(as_json):
-        found = worker.load_app(target)
-
-        def tell(moment: worker.Moment) -> None:
-            if as_json:
-                event = {"event": moment, "at": _now().isoformat(timespec="microseconds"), "worker": found.name}
-                _print_raw(
-                    documents.to_json({**event, "database": str(found.address), "pid": os.getpid()}, indent=None)
-                )
-                return
-            lines: dict[worker.Moment, str] = {
-                "started": f"worker {found.name} runs on {found.address}; Ctrl+C or SIGTERM stops it",
-                "stopping": f"worker {found.name} stops; running activities have {found.shutdown_grace_s:g} s; "
-                f"once more to end at once",
-                "stopped": f"worker {found.name} has stopped; what is unfinished was handed back",
-            }
-            _print_line(lines[moment])
-
-        asyncio.run(worker.run_until_signal(found, tell))
+        if processes is not None:
+            exit_code = _run_crew(target, processes, as_json)
+        elif process is not None:
+            _run_as_one_of_several(target, process, as_json)
+        else:
+            _run_app(worker.load_app(target), as_json)
+    if exit_code:
+        raise click.exceptions.Exit(exit_code)
     worker.leave(0)
+
+
+def _run_app(found: App, as_json: bool, process: int | None = None, lifeline: Lifeline | None = None) -> None:
+    prefix = "" if process is None else f"process {process}: "
+    number = {} if process is None else {"process": process}
+    lines: dict[worker.Moment, str] = {
+        "started": f"worker {found.name} runs on {found.address}; Ctrl+C or SIGTERM stops it",
+        "stopping": f"worker {found.name} stops; running activities have {found.shutdown_grace_s:g} s; "
+        f"once more to end at once",
+        "stopped": f"worker {found.name} has stopped; what is unfinished was handed back",
+    }
+    if process is not None:
+        lines["started"] = f"worker {found.name} runs on {found.address}, process id {os.getpid()}"
+        lines["stopping"] = f"worker {found.name} stops; running activities have {found.shutdown_grace_s:g} s"
+
+    def tell(moment: worker.Moment) -> None:
+        facts = {"worker": found.name, "database": str(found.address), "pid": os.getpid()}
+        _tell(as_json, moment, prefix + lines[moment], **number, **facts)
+
+    asyncio.run(worker.run_until_signal(found, tell, lifeline))
+
+
+def _run_crew(target: str, processes: int, as_json: bool) -> int:
+    if sys.platform == "win32":
+        raise ConfigurationError("--processes needs Linux or macOS: start several romancy worker here")
+    crew = Crew(target, processes, ["--json"] if as_json else [], partial(_tell, as_json))
+    return asyncio.run(crew.run())
+
+
+def _run_as_one_of_several(target: str, process: int, as_json: bool) -> None:
+    lifeline = Lifeline.of_stdin()
+    try:
+        found = worker.load_app(target)
+        worker.number_process(found, process)
+        _run_app(found, as_json, process, lifeline)
+    except RomancyError:
+        lifeline.tell("failed")
+        raise
+
+
+def _tell(as_json: bool, event: str, words: str, **facts: Any) -> None:
+    if as_json:
+        document = {"event": event, "at": _now().isoformat(timespec="microseconds"), **facts}
+        _print_raw(documents.to_json(document, indent=None))
+    else:
+        _print_line(words)
 
 
 # -- reading options -------------------------------------------------------------------------------

@@ -6,17 +6,20 @@ import asyncio
 import importlib
 import inspect
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from romancy.cli.lifeline import Lifeline
 from romancy.errors import ConfigurationError, DatabaseError
 from romancy.tuning import tune_garbage_collector
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from romancy.app import App
 
 HEALTH_CHECK_INTERVAL_S = 2.0
+LONGEST_FAREWELLS_S = 15.0
+"""After the grace: for transactions to end, for the rest to be written and handed back, and to leave."""
 _NOT_THEIRS = {__file__, importlib.__file__}
 Moment = Literal["started", "stopping", "stopped"]
 
@@ -55,19 +60,26 @@ def load_app(target: str) -> App:
     return found
 
 
-async def run_until_signal(app: App, tell: Callable[[Moment], None]) -> None:
+async def run_until_signal(app: App, tell: Callable[[Moment], None], lifeline: Lifeline | None = None) -> None:
     """Run the app until SIGTERM or SIGINT, then shut it down in good order; a second signal ends the process.
 
     Args:
         tell: called once the app runs, when it is asked to stop, and once it has stopped.
+        lifeline: asks it to stop, too, when it is cut.
 
     Raises:
         RomancyError: the app can't start, or stopped by itself.
     """
-    with _signals_caught(asyncio.get_running_loop()) as asked:
+    loop = asyncio.get_running_loop()
+    with _signals_caught(loop) as asked:
         tune_garbage_collector()
+        stop_s = app.shutdown_grace_s + LONGEST_FAREWELLS_S
+        if lifeline is not None:
+            lifeline.when_cut(partial(_ask_from_thread, loop, asked), stop_s)
         await app.start()
         try:
+            if lifeline is not None:
+                lifeline.tell("started", stop_s)
             tell("started")
             await _until_asked_or_broken(app, asked)
             tell("stopping")
@@ -76,11 +88,25 @@ async def run_until_signal(app: App, tell: Callable[[Moment], None]) -> None:
         tell("stopped")
 
 
+def _ask_from_thread(loop: asyncio.AbstractEventLoop, asked: asyncio.Event) -> None:
+    with suppress(RuntimeError):  # the loop is closed: it has stopped already
+        loop.call_soon_threadsafe(asked.set)
+
+
 def leave(exit_code: int) -> None:
     """End the process if threads of activities that outlived their grace would hold it up."""
     if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
         logging.shutdown()
         _exit_at_once(exit_code)
+
+
+def number_process(app: App, number: int) -> None:
+    """Show in names and in log lines which of several processes this is."""
+    if not app.name.endswith(f"-{os.getpid()}"):
+        app.name = f"{app.name}-{number}"
+    multiprocessing.current_process().name = f"romancy-{number}"  # %(processName)s
+    # Only where the app has set up no logging of its own.
+    logging.basicConfig(format=f"process {number}: %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
 
 
 @contextmanager
