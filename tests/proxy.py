@@ -26,18 +26,20 @@ class Proxy:
         self._lock = threading.Lock()
         self._left: int | None = None
         self._when: When = "before"
+        self._containing = b""
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut_at(self, request: int, when: When) -> None:
+    def cut_at(self, request: int, when: When, containing: bytes = b"") -> None:
         """Break the connection of the N-th request from now.
 
         Args:
             request: counted over all connections.
             when: before the server gets the request, or after it has answered, unheard.
+            containing: only requests with these bytes count, such as ``b"COMMIT"``.
         """
         with self._lock:
-            self._left, self._when = request, when
+            self._left, self._when, self._containing = request, when, containing
 
     def spare(self) -> None:
         """Break nothing more."""
@@ -62,7 +64,7 @@ class Proxy:
     def _to_server(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 20):
-                when = self._verdict()
+                when = self._verdict(data)
                 if when == "before":
                     break
                 if when == "after":
@@ -83,9 +85,9 @@ class Proxy:
         _close(client)
         _close(server)
 
-    def _verdict(self) -> When | None:
+    def _verdict(self, data: bytes) -> When | None:
         with self._lock:
-            if self._left is None:
+            if self._left is None or self._containing not in data:
                 return None
             self._left -= 1
             if self._left > 0:

@@ -1,0 +1,122 @@
+"""What a run has left behind, as records: rows of the database, lines of files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.databases import Database, rows
+from torture.folder import Folder, read
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRow:
+    """An instance as the database has it; ``result`` is JSON text."""
+
+    instance_id: str
+    run: int
+    workflow: str
+    status: str
+    owner: str | None
+    result: str | None
+    error: str | None = None
+    completed_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """A row of history; what is received, JSON text, is in ``result``."""
+
+    instance_id: str
+    run: int
+    seq: int
+    kind: str
+    operation_id: str | None
+    name: str | None
+    attempt: int = 0
+    input: str | None = None
+    result: str | None = None
+
+    @property
+    def token(self) -> str:
+        """The activity's token: its idempotency key."""
+        return f"{self.instance_id}/{self.run}/{self.operation_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A row of history that was written by a process which did not own the instance, or was dead to the others."""
+
+    instance_id: str
+    run: int
+    seq: int
+    writer: int
+    owner: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All of it.
+
+    Attributes:
+        history: by instance, run and ``seq``.
+        ledger: tokens, in the order in which they were inserted.
+        lines: tokens of the attempts that ran.
+        acknowledged: what the client has noted.
+        strangers: rows of history by the wrong process.
+        unfinished: ids of instances that had not ended in time, each with how late it was, if it ended at all.
+        complaints: lines of the logs that should not be there.
+    """
+
+    instances: list[InstanceRow] = field(default_factory=list)
+    history: list[EventRow] = field(default_factory=list)
+    ledger: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    acknowledged: list[dict[str, Any]] = field(default_factory=list)
+    strangers: list[Stranger] = field(default_factory=list)
+    unfinished: dict[str, float | None] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+
+FORBIDDEN_IN_LOGS = ("unforeseen", "Traceback", "Task exception was never retrieved", "NonDeterminismError")
+
+
+def gather(database: Database, folder: Folder, unfinished: dict[str, float | None], logs: list[str]) -> Evidence:
+    """Read everything; the processes have ended."""
+    journal = folder.journal.read_text().splitlines() if folder.journal.exists() else []
+    return Evidence(
+        instances=[
+            InstanceRow(*row)
+            for row in rows(
+                database,
+                "SELECT instance_id, run, workflow_name, status, owner, result, error, completed_at "
+                "FROM romancy_instances",
+            )
+        ],
+        history=[
+            EventRow(*row)
+            for row in rows(
+                database,
+                "SELECT instance_id, run, seq, kind, operation_id, name, attempt, input, result FROM romancy_history "
+                "ORDER BY instance_id, run, seq",
+            )
+        ],
+        ledger=[token for (token,) in rows(database, "SELECT token FROM ledger ORDER BY id")],
+        lines=[line.rsplit(" ", 3)[0] for line in journal],
+        acknowledged=read(folder.acknowledged),
+        strangers=[Stranger(*row) for row in rows(database, "SELECT * FROM torture_audit")],
+        unfinished=unfinished,
+        complaints=[
+            f"{name}: {line}"
+            for name in logs
+            if folder.log(name).exists()
+            for line in folder.log(name).read_text().splitlines()
+            if any(word in line for word in FORBIDDEN_IN_LOGS)
+        ],
+    )
+
+
+def decoded(text: str | None) -> Any:
+    """A stored value."""
+    return None if text is None else json.loads(text)

@@ -1,0 +1,158 @@
+"""What the client does, by number and seed, and what must come of it. Pure: no clock, no database, no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """An instance that the client starts: its id, its workflow and its input."""
+
+    instance_id: str
+    workflow: str
+    arguments: Arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """An event that the client sends, after so many seconds."""
+
+    event_id: str
+    key: str
+    data: int
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelling:
+    """An instance that the client cancels, after so many seconds."""
+
+    instance_id: str
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One unit of the client's work: starts, then events and cancels, then it waits for all results."""
+
+    number: int
+    starts: tuple[Start, ...]
+    sendings: tuple[Sending, ...] = ()
+    cancellings: tuple[Cancelling, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """How an instance must end; ``result`` counts for completed ones."""
+
+    status: str
+    result: Any = None
+
+
+KINDS = (
+    "sequence", "fan", "race", "stubborn", "nap", "waiter", "late", "market", "crowd", "saga", "victim", "counter",
+)  # fmt: skip
+
+
+def job_of(seed: int, number: int) -> Job:
+    """The job of this number; the same for the same seed, so that a client that was killed goes on with it."""
+    random = Random(f"{seed}/{number}")
+    kind = random.choice(KINDS)
+    name = f"{kind}-{number}"
+    n = random.randrange(1, 1_000)
+    match kind:
+        case "waiter":
+            events = tuple(Sending(f"{name}/{i}", name, n + i, random.uniform(0, 0.3)) for i in range(2))
+            return Job(number, (Start(name, "waiter", (name,)),), events)
+        case "late":
+            return Job(
+                number, (Start(name, "late", (name,)),), (Sending(f"{name}/0", name, n, random.uniform(0.1, 0.4)),)
+            )
+        case "market":
+            return Job(number, _market(name, random))
+        case "victim":
+            return Job(
+                number,
+                (Start(name, "victim", (random.randrange(4),)),),
+                cancellings=(Cancelling(name, random.uniform(0, 0.4)),),
+            )
+        case _:
+            return Job(number, (Start(name, kind, _SIMPLE[kind](n, random)),))
+
+
+_SIMPLE: dict[str, Callable[[int, Random], Arguments]] = {
+    "sequence": lambda n, random: (n, random.randrange(1, 8)),
+    "fan": lambda n, random: (n, random.randrange(1, 8)),
+    "race": lambda n, random: (n,),
+    "stubborn": lambda n, random: (random.randrange(4),),
+    "nap": lambda n, random: (random.randrange(1, 5),),
+    "crowd": lambda n, random: (random.randrange(1, 4), random.randrange(1, 5)),
+    "saga": lambda n, random: (random.randrange(1, 5), random.random() < 0.7),
+    "counter": lambda n, random: (n, random.randrange(1, 5)),
+}
+
+
+def _market(name: str, random: Random) -> tuple[Start, ...]:
+    """Producers and consumers of one competing channel, in any order; there is as much as is consumed."""
+    consumers = [random.randrange(1, 5) for _ in range(random.randrange(1, 4))]
+    total = sum(consumers)
+    half = random.randrange(total + 1)
+    starts = [Start(f"{name}/c{i}", "consumer", (name, count)) for i, count in enumerate(consumers)]
+    starts += [
+        Start(f"{name}/p{i}", "producer", (name, first, count))
+        for i, (first, count) in enumerate(((0, half), (half, total - half)))
+    ]
+    random.shuffle(starts)
+    return tuple(starts)
+
+
+def expected(workflow: str, arguments: Arguments) -> Expected | None:
+    """What must come of an instance; ``None``: of a consumer's result only its length is known, see ``checker``."""
+    match workflow, arguments:
+        case "sequence", (total, steps):
+            result: Any = total + sum(range(steps))
+        case "fan", (total, width):
+            result = width * total + sum(range(width)) + 2
+        case "race", (total,):
+            result = 3 * (total + 1) + 4
+        case "stubborn", (times,):
+            result = [times + 1, "RetryExhaustedError"]
+        case "nap", _:
+            result = 0
+        case "producer", (_, _, count):
+            result = count
+        case "listener", (_, count, _):
+            result = list(range(count))
+        case "crowd", (listeners, count):
+            result = [list(range(count))] * listeners
+        case "saga", (steps, is_doomed):
+            if is_doomed:
+                return Expected("failed")
+            result = steps
+        case "victim", _:
+            return Expected("cancelled")
+        case "counter", (total, left):
+            result = total + sum(range(left + 1))
+        case _:
+            return None
+    return Expected("completed", result)
+
+
+def expected_of_job(job: Job) -> dict[str, Expected]:
+    """What must come of a job's instances, as far as it is known for each alone."""
+    known = {}
+    for start in job.starts:
+        found = expected(start.workflow, start.arguments)
+        if start.workflow == "waiter":
+            found = Expected("completed", [sending.data for sending in job.sendings])
+        elif start.workflow == "late":
+            found = Expected("completed", job.sendings[0].data)
+        if found is not None:
+            known[start.instance_id] = found
+    return known

@@ -1,0 +1,63 @@
+"""A process that runs the workflows until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Any
+
+from romancy import App, RetryPolicy, RomancyError
+from torture import flows
+from torture.audit import watched
+from torture.folder import Folder
+from tests.databases import Database
+
+LEASE_S = 2.0
+LOOK_INTERVAL_S = 0.5
+DEFAULT_RETRY = RetryPolicy.fixed(20, 0.05)
+
+
+def main(database: Database, folder: Folder, name: str) -> None:
+    """Run until SIGTERM, or until the app has given up."""
+    prepare(folder, name)
+    flows.open_journal(folder.journal)
+    _lose_hints(folder)
+    asyncio.run(_run(watched(database), name))
+
+
+def prepare(folder: Folder, name: str) -> None:
+    """Log into the folder."""
+    logging.basicConfig(
+        filename=folder.log(name), level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s"
+    )
+
+
+async def _run(database: Database, name: str) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with App(database, worker_id=name, lease_ttl=LEASE_S, default_retry=DEFAULT_RETRY, auto_migrate=False) as app:
+        while not stop.is_set():
+            if app._broken is not None:
+                raise RomancyError(f"the app has given up: {app._broken}")
+            try:
+                async with asyncio.timeout(LOOK_INTERVAL_S):
+                    await stop.wait()
+            except TimeoutError:
+                continue
+
+
+def _lose_hints(folder: Folder) -> None:
+    """Let hints from other processes get lost while the folder says so."""
+    from romancy.storage.listener import Listener
+
+    init = Listener.__init__
+
+    def with_losses(self: Listener, connect: Any, wait: Any, abort: Any, on_hint: Any) -> None:
+        def heard() -> None:
+            if not folder.deaf.exists():
+                on_hint()
+
+        init(self, connect, wait, abort, heard)
+
+    Listener.__init__ = with_losses  # type: ignore[method-assign]
