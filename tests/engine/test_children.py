@@ -15,11 +15,13 @@ from romancy import (
     Status,
     WorkflowCancelledError,
     WorkflowContext,
+    WorkflowFailedError,
     activity,
+    current_activity,
     workflow,
 )
 from romancy.testing import isolated_catalogue
-from tests.databases import Database, rows
+from tests.databases import Database, execute, rows
 from tests.engine.test_events import NOTHING, left
 from tests.support import RESULT_TIMEOUT_S, wait_for_status
 
@@ -171,6 +173,55 @@ async def test_recur_begins_the_next_run_with_its_own_history(database: Database
         assert (instance.run, instance.input) == (5, {"number": 4})
         assert [event.kind for event in await app.get_history("c", run=2)] == ["ActivityCompleted", "WorkflowRecurred"]
         assert [event.kind for event in await app.get_history("c")] == ["ActivityCompleted"]
+
+
+async def test_repeated_start_is_compared_with_the_first_run(database: Database) -> None:
+    @workflow
+    async def countdown(ctx: WorkflowContext, number: int) -> int:
+        if number:
+            await ctx.recur(number - 1)
+        return ctx.run
+
+    @activity
+    async def start_with_session(number: int) -> str:
+        joined = await app.start_workflow(countdown, number, id="c", session=current_activity().session)
+        return joined.instance_id
+
+    @workflow
+    async def starter(ctx: WorkflowContext, number: int) -> str:
+        return await start_with_session(number)
+
+    async with App(database, default_retry=RetryPolicy.no_retry()) as app:
+        handle = await app.start_workflow(countdown, 3, id="c")
+        assert await handle.result(RESULT_TIMEOUT_S) == 4
+        again = await app.start_workflow(countdown, 3, id="c")
+        assert await again.result(RESULT_TIMEOUT_S) == 4
+        with pytest.raises(InstanceConflictError):
+            await app.start_workflow(countdown, 0, id="c")
+        assert await (await app.start_workflow(starter, 3)).result(RESULT_TIMEOUT_S) == "c"
+        with pytest.raises(WorkflowFailedError):
+            await (await app.start_workflow(starter, 0)).result(RESULT_TIMEOUT_S)
+
+
+async def test_child_that_has_recurred_before_its_start_was_recorded_is_still_the_same(database: Database) -> None:
+    @workflow
+    async def countdown(ctx: WorkflowContext, number: int) -> int:
+        if number:
+            await ctx.recur(number - 1)
+        return ctx.run
+
+    @workflow
+    async def parent(ctx: WorkflowContext) -> int:
+        child = await ctx.start_child(countdown, 3, id="kid")
+        return await child.result()
+
+    async with App(database) as app:
+        # As after a crash between the child's start and its record: the child is there, and has gone on.
+        await (await app.start_workflow(countdown, 3, id="kid")).result(RESULT_TIMEOUT_S)
+        execute(database, "UPDATE romancy_instances SET parent_id = ? WHERE instance_id = ?", "p", "kid")
+        await app.start_workflow(parent, id="p")
+        await wait_for_status(app, "p", Status.WAITING_FOR_CHILD)
+        assert [event.kind for event in await app.get_history("p")] == ["ChildStarted"]
 
 
 async def test_mailbox_and_subscriptions_stay_across_runs(database: Database) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from romancy.storage.rows import StartRow
 from romancy.storage.schema import instances
 from romancy.storage.sessions import ActivityTransaction
+from romancy.storage.statements import FIRST_INPUT
 
 _CALLBACKS = "romancy_after_commit"
 
@@ -20,13 +21,13 @@ async def insert_start(session: AsyncSession, row: StartRow) -> tuple[str, str] 
     """Insert an instance in the session's transaction; it is there once that is committed, and not at all otherwise.
 
     Returns:
-        ``None``; or, where the id was taken, the workflow's name and the stored input of the instance that has it.
+        ``None``; or, where the id was taken, the workflow's name and the input that its instance was started with.
     """
     try:
         async with session.begin_nested():
             await session.execute(insert(instances).values(row._asdict()))
     except IntegrityError:
-        found = select(instances.c.workflow_name, instances.c.input).where(instances.c.instance_id == row.instance_id)
+        found = select(instances.c.workflow_name, FIRST_INPUT).where(instances.c.instance_id == row.instance_id)
         name, stored = (await session.execute(found)).one()
         return name, stored
     return None

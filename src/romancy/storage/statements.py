@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import ClauseElement
 
-from romancy.model import WAITING, Status
+from romancy.model import WAITING, HistoryKind, Status
 from romancy.storage.rows import CLAIMED_COLUMNS, HistoryRow, StateRow, WorkerRow
 from romancy.storage.schema import deliveries, history, instances, workers
 
@@ -35,6 +35,20 @@ CHUNKS = (256, 64, 16, 4, 1)
 
 MOST_ADDRESSEES = 50
 """Instances that are claimed for their mail at a time."""
+
+_given_at_first = (
+    select(history.c.result)
+    .where(
+        history.c.instance_id == instances.c.instance_id,
+        history.c.run == 1,
+        history.c.kind == HistoryKind.WORKFLOW_RECURRED.value,
+    )
+    .scalar_subquery()
+)
+FIRST_INPUT: ColumnElement[str] = case(
+    (instances.c.run == 1, instances.c.input), else_=func.coalesce(_given_at_first, instances.c.input)
+)
+"""What an instance was started with; ``input`` is the current run's. The end of the first run keeps it."""
 
 
 class Prepared:
@@ -205,7 +219,7 @@ class Statements:
             .limit(limit)
         )
         self.read_start = prepare(
-            select(instances.c.workflow_name, instances.c.input).where(
+            select(instances.c.workflow_name, FIRST_INPUT, instances.c.parent_id).where(
                 instances.c.instance_id == bindparam("instance_id")
             )
         )

@@ -18,7 +18,7 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from romancy.clock import Clock, DatabaseClock
 from romancy.errors import DatabaseError, FencedError
-from romancy.model import Status
+from romancy.model import HistoryKind, Status
 from romancy.storage.again import Fork, Reruns, supersede
 from romancy.storage.batch import Batch, Party, Written, run_batch
 from romancy.storage.failures import NotOwnedError, database_error, is_driver_error, is_lost
@@ -248,6 +248,8 @@ class Store(ABC):
             link.execute(sql, (change.at, change.details, *change[:3]))
             return
         if isinstance(change, RunRow):
+            if change.run == 2:
+                self._keep_first_input(link, change.instance_id)
             sql = (
                 f"UPDATE {instances.name} SET run = {mark}, started_at = {mark}, source_hash = {mark}, input = {mark}, "
                 f"updated_at = {mark}, status = '{Status.RUNNING.value}', ready_at = NULL, patches = NULL, "
@@ -263,6 +265,15 @@ class Store(ABC):
         if link.execute(sql, values).rowcount != 1:
             raise NotOwnedError("an instance is no longer owned by this worker")
 
+    def _keep_first_input(self, link: Link, instance_id: str) -> None:
+        """A start that is repeated is compared with what the instance was started with."""
+        mark = self.mark
+        link.execute(
+            f"UPDATE {history.name} SET result = (SELECT input FROM {instances.name} WHERE instance_id = {mark}) "
+            f"WHERE instance_id = {mark} AND run = 1 AND kind = '{HistoryKind.WORKFLOW_RECURRED.value}'",
+            (instance_id, instance_id),
+        )
+
     def start_child(self, worker_id: str, row: StartRow) -> Future[tuple[str, str, str | None] | None]:
         """Insert a child with an id of the user's; where that is taken, the name, input and parent of who has it."""
 
@@ -270,8 +281,7 @@ class Store(ABC):
             with self._transaction(link):
                 self._check_fence(link, worker_id, self._statements.fence)
                 found: tuple[str, str, str | None] | None = link.execute(
-                    f"SELECT workflow_name, input, parent_id FROM {instances.name} WHERE instance_id = {self.mark}",
-                    (row.instance_id,),
+                    *self._statements.read_start(instance_id=row.instance_id)
                 ).fetchone()
                 if found is None:
                     for sql, values, _ in self._starts.pieces([row]):
@@ -634,9 +644,14 @@ class Store(ABC):
         return self._read(job)
 
     def read_start(self, instance_id: str) -> Future[tuple[str, str] | None]:
-        """The workflow's name and the stored input of an instance."""
+        """The workflow's name, and the input that an instance was started with."""
         statement = self._statements.read_start(instance_id=instance_id)
-        return self._read(lambda link: link.execute(*statement).fetchone())
+
+        def job(link: Link) -> tuple[str, str] | None:
+            row = link.execute(*statement).fetchone()
+            return None if row is None else (row[0], row[1])
+
+        return self._read(job)
 
     def has_changed(self) -> bool:
         """Whether anybody may have committed since the last call; costs no statement."""
