@@ -27,6 +27,7 @@ class Proxy:
         self._left: int | None = None
         self._when: When = "before"
         self._containing = b""
+        self._is_away = False
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -46,9 +47,21 @@ class Proxy:
         with self._lock:
             self._left = None
 
+    def go_away(self) -> None:
+        """Break everything, and refuse whoever comes, until :meth:`come_back`."""
+        self._is_away = True
+        self._break_all()
+
+    def come_back(self) -> None:
+        """Let connections through again."""
+        self._is_away = False
+
     def close(self) -> None:
         """Break everything and listen no more."""
         self._listener.close()
+        self._break_all()
+
+    def _break_all(self) -> None:
         for end in list(self._open):
             _close(end)
 
@@ -56,10 +69,19 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
+                server = self._reach_server()
+                if server is None:
+                    _close(client)
+                    continue
                 self._open |= {client, server}
                 threading.Thread(target=self._to_server, args=(client, server), daemon=True).start()
                 threading.Thread(target=self._to_client, args=(client, server), daemon=True).start()
+
+    def _reach_server(self) -> socket.socket | None:
+        try:
+            return None if self._is_away else socket.create_connection(self._target)
+        except OSError:
+            return None
 
     def _to_server(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):

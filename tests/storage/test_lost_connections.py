@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from romancy import App, RetryPolicy, Workflow, WorkflowContext, activity, current_activity, workflow
+from romancy import App, DatabaseUnavailableError, RetryPolicy, Workflow, WorkflowContext, activity, current_activity, workflow
 from tests.databases import Database, clean, execute, kind_of, rows
 from tests.ledger import INSERT, create_ledger
 from tests.proxy import Proxy, When
@@ -95,6 +95,25 @@ async def start_until_it_works(app: App, flow: Workflow[..., Any], instance_id: 
             return await app.start_workflow(flow, id=instance_id)
         except Exception as error:
             assert "can't be reached" in str(error), error
+
+
+async def test_server_that_is_away_for_a_while_is_an_error_of_the_database(
+    server: str, romancy_log: pytest.LogCaptureFixture
+) -> None:
+    create_ledger(server)
+    flow = define()
+    with behind_proxy(server) as (proxy, url):
+        async with App(url) as app:
+            proxy.go_away()
+            for _ in range(2):
+                with pytest.raises(DatabaseUnavailableError):
+                    await app.publish("news", 1)
+                with pytest.raises(DatabaseUnavailableError):
+                    await app.start_workflow(flow, id="it")
+            proxy.come_back()
+            handle = await start_until_it_works(app, flow, "it")
+            assert await handle.result(RESULT_TIMEOUT_S) == ["a", "b", "c", "d", "e"]
+    assert "unforeseen" not in romancy_log.text
 
 
 async def test_server_that_ends_all_connections(server: str) -> None:

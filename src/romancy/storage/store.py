@@ -155,9 +155,9 @@ class Store(ABC):
         """
         try:
             self.prepare(migrate)
-            self._writer = ConnectionThread("romancy-writer", self.connect, is_lost)
+            self._writer = ConnectionThread("romancy-writer", self._connect_again, is_lost)
             self._writer.open().result()
-            self._reader = ConnectionThread("romancy-reader", self.connect, is_lost)
+            self._reader = ConnectionThread("romancy-reader", self._connect_again, is_lost)
             self._reader.open().result()
             self._reader.submit(self._ask_time).result()
         except DatabaseError:
@@ -719,6 +719,15 @@ class Store(ABC):
         if self._reader is None:
             raise DatabaseError(f"database {self.name} is closed")
         return self._reader.submit(self._typed(job))
+
+    def _connect_again(self) -> Link:
+        """A connection; after a loss made before the next job, which fails with a typed error where that can't be."""
+        try:
+            return self.connect()
+        except Exception as error:
+            if is_driver_error(error):
+                raise database_error(error, self.name) from error
+            raise
 
     def _typed(self, job: Job[T]) -> Callable[[Link], T]:
         def run(link: Link) -> T:
