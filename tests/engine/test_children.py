@@ -23,7 +23,8 @@ from romancy import (
 from romancy.testing import isolated_catalogue
 from tests.databases import Database, execute, rows
 from tests.engine.test_events import NOTHING, left
-from tests.support import RESULT_TIMEOUT_S, wait_for_status
+from tests.ledger import INSERT, create_ledger
+from tests.support import RESULT_TIMEOUT_S, CrashPlan, crash, wait_for_status
 
 
 async def test_child_gives_its_result_to_its_parent(database: Database) -> None:
@@ -173,6 +174,58 @@ async def test_recur_begins_the_next_run_with_its_own_history(database: Database
         assert (instance.run, instance.input) == (5, {"number": 4})
         assert [event.kind for event in await app.get_history("c", run=2)] == ["ActivityCompleted", "WorkflowRecurred"]
         assert [event.kind for event in await app.get_history("c")] == ["ActivityCompleted"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_crash_at_any_commit_loses_no_run(database: Database, when: Any) -> None:
+    """Also between a transaction that commits an activity's outcome, and the swap of runs right after it."""
+    create_ledger(database)
+
+    @activity
+    async def book(number: int) -> int:
+        await current_activity().session.execute(INSERT, {"token": f"{current_activity().instance_id} {number}"})
+        return number + 1
+
+    @workflow
+    async def counter(ctx: WorkflowContext, number: int) -> int:
+        number = await book(number)
+        if number < 3:
+            await ctx.recur(number)
+        return number
+
+    at, was_crashed = 0, True
+    while was_crashed:
+        at += 1
+        instance_id = f"counter-{at}"
+        plan = CrashPlan(at, when)
+        with plan.armed():
+            app = App(database)
+            await app.start()
+            starting = asyncio.create_task(app.start_workflow(counter, 0, id=instance_id))
+            was_crashed = await crashed_or_ended(app, plan, instance_id)
+            if was_crashed:
+                starting.cancel()
+                await asyncio.wait([starting])
+                await crash(app)
+            else:
+                await starting
+                await app.shutdown()
+        async with App(database) as app:
+            handle = await app.start_workflow(counter, 0, id=instance_id)
+            assert await handle.result(RESULT_TIMEOUT_S) == 3
+        tokens = rows(database, "SELECT token FROM ledger WHERE token LIKE ? ORDER BY id", f"{instance_id} %")
+        assert tokens == [(f"{instance_id} {number}",) for number in range(3)]
+    assert at > 3
+
+
+async def crashed_or_ended(app: App, plan: CrashPlan, instance_id: str) -> bool:
+    async with asyncio.timeout(RESULT_TIMEOUT_S):
+        while not plan.happened.is_set():
+            instance = await app.get_instance(instance_id)
+            if instance is not None and instance.status.is_terminal:
+                break
+            await asyncio.sleep(0.005)
+    return plan.happened.is_set()
 
 
 async def test_repeated_start_is_compared_with_the_first_run(database: Database) -> None:

@@ -817,7 +817,8 @@ class LiveInstance(Recorder):
         for operation in [op for op in self._open_activities.values() if op.is_abandoned]:
             del self._open_activities[operation.id]
         still_open = {id(operation) for operation in self._open()}
-        self._is_asked = [operation for operation in self._is_asked if id(operation) in still_open]
+        # The end of a run, asked for after its last outcome, is recorded nowhere but in the next run.
+        self._is_asked = [op for op in self._is_asked if id(op) in still_open or isinstance(op, RecurOperation)]
         if self._mail is not None:
             self._mail.go_live()
         requests, self._requests = self._requests, None
