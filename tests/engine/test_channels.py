@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from romancy import (
     workflow,
 )
 from romancy.testing import VirtualClock
-from tests.databases import Database, rows
+from tests.databases import Database, execute, rows
 from tests.engine.test_events import NOTHING, left
 from tests.ledger import INSERT, create_ledger
 from tests.support import RESULT_TIMEOUT_S, wait_for_status
@@ -270,3 +271,28 @@ async def test_activity_sends_with_its_outcome_and_nothing_when_it_fails(databas
     expected = [] if way == "plain" else [("attempt 2",)]
     assert rows(database, "SELECT token FROM ledger") == expected
     assert left(database) == NOTHING
+
+
+async def test_lost_lease_leaves_no_answer_of_the_database_unheard(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    began, go = asyncio.Event(), asyncio.Event()
+
+    @activity
+    async def work() -> None:
+        began.set()
+        await go.wait()
+
+    @workflow
+    async def reader(ctx: WorkflowContext) -> None:
+        await work()
+        await ctx.subscribe("news")
+
+    async with App(database) as app:
+        handle = await app.start_workflow(reader)
+        await began.wait()
+        execute(database, "UPDATE romancy_workers SET state = 'dead'")
+        go.set()
+        await handle.result(RESULT_TIMEOUT_S)
+    gc.collect()
+    assert "never retrieved" not in caplog.text

@@ -349,9 +349,11 @@ class Messaging:
 
     def _is_answered(self, operation: SendOperation, done: asyncio.Future[Any]) -> bool:
         """Whether the database has answered; where it can't now, it is asked again."""
-        if self._instance.is_gone or operation.id not in self.open or done.cancelled():
+        if done.cancelled():
             return False
         error = done.exception()
+        if self._instance.is_gone or operation.id not in self.open:
+            return False
         if error is None:
             return True
         if not isinstance(error, FencedError):  # of that the worker is about to hear, too
