@@ -662,7 +662,7 @@ class App:
             raise mode_conflict(channel, found, mode)
         now_us, mail_id = self._clock.now_us(), self._ids.new_id()
         body = message_body(mail_id, channel, text, metadata, None, now_us)
-        await self._writer.post(message_mail(mail_id, channel, to_id, body, now_us))
+        await self._writer.post(message_mail(mail_id, channel, to_id, body, now_us, is_from_outside=True))
 
     def new_id(self) -> str:
         """See :class:`romancy.engine.worker.WorkerSettings`."""

@@ -11,11 +11,21 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from romancy import App, DatabaseUnavailableError, RetryPolicy, Workflow, WorkflowContext, activity, current_activity, workflow
+from romancy import (
+    App,
+    DatabaseUnavailableError,
+    RetryPolicy,
+    Status,
+    Workflow,
+    WorkflowContext,
+    activity,
+    current_activity,
+    workflow,
+)
 from tests.databases import Database, clean, execute, kind_of, rows
 from tests.ledger import INSERT, create_ledger
 from tests.proxy import Proxy, When
-from tests.support import RESULT_TIMEOUT_S
+from tests.support import RESULT_TIMEOUT_S, wait_for_status
 
 PORTS = {"postgresql": 5432, "mysql": 3306}
 REQUESTS = 24
@@ -144,3 +154,22 @@ def end_all_connections(server: str) -> None:
             execute(server, f"KILL {number}")
         except Exception as error:
             assert "Unknown thread id" in str(error)
+
+
+async def test_message_whose_commit_was_not_heard_of_is_delivered_once(server: str) -> None:
+    @workflow
+    async def consumer(ctx: WorkflowContext, count: int) -> list[int]:
+        await ctx.subscribe("jobs", mode="competing")
+        return [(await ctx.receive("jobs", type=int)).data for _ in range(count)]
+
+    with behind_proxy(server) as (proxy, url):
+        async with App(server) as reader, App(url, worker=False) as sender:
+            handle = await reader.start_workflow(consumer, 8)
+            await wait_for_status(reader, handle.instance_id, Status.WAITING_FOR_MESSAGE)
+            for number in range(8):
+                # The first COMMIT asks for the channel's mode, the second one is the message's.
+                proxy.cut_at(2, "after", containing=b"COMMIT")
+                await sender.publish("jobs", number)
+            assert await handle.result(RESULT_TIMEOUT_S) == list(range(8))
+            assert proxy.cuts == 8
+    assert rows(server, "SELECT count(*) FROM romancy_mail") == [(0,)]

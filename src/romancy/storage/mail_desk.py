@@ -19,7 +19,9 @@ from romancy.storage.mail import (
     BROADCAST,
     CHILD,
     EVENT,
+    KEPT_US,
     MESSAGE,
+    NEVER_US,
     REQUEST,
     Closing,
     Delivery,
@@ -243,7 +245,9 @@ class MailDesk:
                 fresh.append(sent)
                 if sent.digest is not None:
                     known[sent.digest] = sent.mail_id
-                    rows.append((sent.digest, sent.mail_id, sent.expires_at))
+                    # Known for a while only, also of what is kept for ever.
+                    known_until = sent.expires_at if sent.expires_at < NEVER_US else self._now_us + KEPT_US
+                    rows.append((sent.digest, sent.mail_id, known_until))
             elif known[sent.digest] != sent.mail_id:
                 self.post.repeated.add(sent.mail_id)
         # Somebody who sends the same at this very moment makes this fail, and the batch runs again.
