@@ -8,6 +8,7 @@ import sys
 from random import SystemRandom
 
 from tests.databases import KINDS
+
 from torture import report
 from torture.faults import ALWAYS, ON_OWN_SERVERS, ON_SERVERS, OPTIONAL
 from torture.run import Settings, torture

@@ -9,7 +9,6 @@ import os
 from typing import Any
 
 from sqlalchemy import make_url
-
 from tests.databases import Database, execute, kind_of
 
 TABLE = "CREATE TABLE torture_audit (instance_id VARCHAR(200), run INT, seq INT, writer INT, owner INT)"
@@ -52,7 +51,9 @@ def watched(database: Database) -> Database:
         _watch_sqlite()
         return database
     pid = os.getpid()
-    option = {"options": f"-c torture.pid={pid}"} if kind == "postgresql" else {"init_command": f"SET @torture_pid={pid}"}
+    option = (
+        {"options": f"-c torture.pid={pid}"} if kind == "postgresql" else {"init_command": f"SET @torture_pid={pid}"}
+    )
     return make_url(str(database)).update_query_dict(option).render_as_string(hide_password=False)
 
 

@@ -241,4 +241,6 @@ def results_told(evidence: Evidence) -> Iterator[Violation]:
         found = there.get(record["id"])
         told = (record["status"], record["result"])
         if found is None or told != (found.status, decoded(found.result) if found.status == "completed" else None):
-            yield Violation("result", record["id"], f"the client was told {told} of {record['id']}, the database differs")
+            yield Violation(
+                "result", record["id"], f"the client was told {told} of {record['id']}, the database differs"
+            )

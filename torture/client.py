@@ -9,6 +9,8 @@ from functools import partial
 from itertools import chain, count
 from typing import Any, TypeVar
 
+from tests.databases import Database
+
 from romancy import (
     App,
     DatabaseError,
@@ -18,7 +20,6 @@ from romancy import (
     WorkflowHandle,
     WorkflowSuspendedError,
 )
-from tests.databases import Database
 from torture import flows, worker
 from torture.folder import Folder, append, read
 from torture.jobs import Cancelling, Job, Sending, Start, job_of
@@ -44,7 +45,9 @@ async def _run(database: Database, folder: Folder, seed: int) -> None:
     done = {record["job"] for record in acknowledged if record["what"] == "done"}
     numbers = chain(sorted(begun - done), count(max(begun, default=-1) + 1))
     is_stopping = folder.stop.exists
-    async with App(database, worker=False, auto_migrate=False) as app, asyncio.TaskGroup() as tasks:
+    app = App(database, worker=False, auto_migrate=False)
+    await worker.start(app)
+    async with asyncio.TaskGroup() as tasks:
         client = Client(app, folder)
         room = asyncio.Semaphore(WIDTH)
         for number in numbers:
@@ -53,6 +56,7 @@ async def _run(database: Database, folder: Folder, seed: int) -> None:
                 break
             job = job_of(seed, number)
             tasks.create_task(client.do(job)).add_done_callback(lambda _: room.release())
+    await app.shutdown()
 
 
 class Client:
@@ -81,9 +85,7 @@ class Client:
 
     async def _start(self, start: Start) -> WorkflowHandle[Any]:
         definition = getattr(flows, start.workflow)
-        handle = await insist(
-            lambda: self._app.start_workflow(definition, *start.arguments, id=start.instance_id)
-        )
+        handle = await insist(lambda: self._app.start_workflow(definition, *start.arguments, id=start.instance_id))
         self._note("start", id=start.instance_id, workflow=start.workflow, arguments=start.arguments)
         return handle
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 
 from tests.databases import Database
+
 from torture.folder import Folder
 
 WORKERS = ("worker-1", "worker-2", "worker-3")
@@ -57,7 +58,7 @@ class Crew:
         for name, process in list(self._processes.items()):
             if process.is_alive():
                 continue
-            if process.pid not in self._ended_by_us and process.exitcode != 0:
+            if process.pid not in self._ended_by_us and process.exitcode not in (0, os.EX_TEMPFAIL):
                 self.exits.append((name, process.exitcode or 0))
             if name == CLIENT and process.exitcode == 0:
                 continue

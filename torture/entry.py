@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.databases import Database
+
 from torture.folder import Folder
 
 

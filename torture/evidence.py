@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.databases import Database, rows
+
 from torture.folder import Folder, read
 
 

@@ -14,6 +14,7 @@ from random import Random
 
 from tests.databases import Database, connect, kind_of, rows
 from tests.proxy import Proxy
+
 from torture.crew import CLIENT, WORKERS, Crew
 from torture.folder import Folder
 from torture.servers import Server

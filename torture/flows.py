@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from romancy import EventTimeoutError, RetryPolicy, WorkflowContext, activity, current_activity, workflow
 from tests.ledger import INSERT
+
+from romancy import EventTimeoutError, RetryPolicy, WorkflowContext, activity, current_activity, workflow
 
 NEVER = "never"
 """An event that nobody sends."""
@@ -21,7 +22,7 @@ NEVER = "never"
 _journal: int | None = None
 
 
-class Stumbled(Exception):
+class StumbledError(Exception):
     """What activities raise on purpose."""
 
 
@@ -80,7 +81,7 @@ async def stumble(times: int) -> int:
     await book()
     attempt = current_activity().attempt
     if attempt <= times:
-        raise Stumbled(f"attempt {attempt}")
+        raise StumbledError(f"attempt {attempt}")
     return attempt
 
 
@@ -88,7 +89,7 @@ async def stumble(times: int) -> int:
 async def fall() -> None:
     """Fails for good."""
     await book()
-    raise Stumbled("for good")
+    raise StumbledError("for good")
 
 
 @activity
@@ -103,7 +104,7 @@ async def give_back(number: int) -> None:
     """Undoes ``take``; the odd ones need two attempts."""
     await book()
     if number % 2 and current_activity().attempt == 1:
-        raise Stumbled("the first undoing")
+        raise StumbledError("the first undoing")
 
 
 @activity(compensate=give_back)
@@ -241,7 +242,7 @@ async def saga(ctx: WorkflowContext, steps: int, is_doomed: bool) -> int:
             ctx.on_failure(give_back, 100 + number)
     await asyncio.gather(take(10), take(11), add_in_thread(0, 1))
     if is_doomed:
-        raise Stumbled("doomed")
+        raise StumbledError("doomed")
     return steps
 
 

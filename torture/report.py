@@ -87,8 +87,9 @@ def _tell_history(evidence: Evidence, instance_id: str) -> None:
     for event in evidence.history:
         if event.instance_id == instance_id:
             text = f"{event.input or ''} -> {event.result or ''}"
+            where = f"{event.run}.{event.seq:<3} {event.kind:<24} {event.operation_id or '':<22}"
             console.print(
-                f"    {event.run}.{event.seq:<3} {event.kind:<24} {event.operation_id or '':<22} {event.attempt} {text}",
+                f"    {where} {event.attempt} {text}",
                 markup=False,
                 highlight=False,
             )

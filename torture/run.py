@@ -6,7 +6,6 @@ import asyncio
 import logging
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from pathlib import Path
 from random import Random
 
 from sqlalchemy import make_url
-
-from romancy import App
 from tests.databases import Database, rows, server_database
 from tests.ledger import create_ledger
 from tests.proxy import Proxy
+
+from romancy import App
 from torture import report
 from torture.audit import create_audit
 from torture.checker import check
@@ -55,7 +54,9 @@ class Settings:
 def torture(kind: str, settings: Settings) -> report.Run:
     """Run on one kind of database; returns what came of it."""
     folder = Folder(Path(tempfile.mkdtemp(prefix=f"torture-{kind}-")))
-    logging.basicConfig(filename=folder.log("torture"), level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    logging.basicConfig(
+        filename=folder.log("torture"), level=logging.INFO, format="%(asctime)s %(message)s", force=True
+    )
     notes: list[str] = []
     with ExitStack() as stack:
         database, server = stack.enter_context(_database(kind, folder, notes))
@@ -106,11 +107,7 @@ def _is_done(crew: Crew) -> bool:
 
 
 def _counts(database: Database) -> dict[str, int]:
-    return dict(
-        Counter(
-            {status: count for status, count in rows(database, "SELECT status, COUNT(*) FROM romancy_instances GROUP BY status")}
-        )
-    )
+    return dict(rows(database, "SELECT status, COUNT(*) FROM romancy_instances GROUP BY status"))
 
 
 async def _prepare(database: Database) -> None:

@@ -63,7 +63,9 @@ class _Server:
         gentle: the signal that ends it in good order.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, url: str, administration: str, gentle: signal.Signals) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, url: str, administration: str, gentle: signal.Signals
+    ) -> None:
         self._command = list(command)
         self._log = log
         self._administration = administration

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import sys
 from typing import Any
 
-from romancy import App, RetryPolicy, RomancyError
+from tests.databases import Database
+
+from romancy import App, DatabaseUnavailableError, RetryPolicy, RomancyError
 from torture import flows
 from torture.audit import watched
 from torture.folder import Folder
-from tests.databases import Database
 
 LEASE_S = 2.0
 LOOK_INTERVAL_S = 0.5
@@ -29,14 +32,18 @@ def main(database: Database, folder: Folder, name: str) -> None:
 def prepare(folder: Folder, name: str) -> None:
     """Log into the folder."""
     logging.basicConfig(
-        filename=folder.log(name), level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s"
+        filename=folder.log(name),
+        level=logging.INFO,
+        format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s",
     )
 
 
 async def _run(database: Database, name: str) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with App(database, worker_id=name, lease_ttl=LEASE_S, default_retry=DEFAULT_RETRY, auto_migrate=False) as app:
+    app = App(database, worker_id=name, lease_ttl=LEASE_S, default_retry=DEFAULT_RETRY, auto_migrate=False)
+    await start(app)
+    try:
         while not stop.is_set():
             if app._broken is not None:
                 raise RomancyError(f"the app has given up: {app._broken}")
@@ -45,6 +52,17 @@ async def _run(database: Database, name: str) -> None:
                     await stop.wait()
             except TimeoutError:
                 continue
+    finally:
+        await app.shutdown()
+
+
+async def start(app: App) -> None:
+    """Start the app, or end this process, where the database can't be reached now."""
+    try:
+        await app.start()
+    except DatabaseUnavailableError as error:
+        logging.info("come again: %s", error)
+        sys.exit(os.EX_TEMPFAIL)
 
 
 def _lose_hints(folder: Folder) -> None:
