@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torture.evidence import EventRow, Evidence, InstanceRow, decoded
-from torture.jobs import Expected, expected, expected_of_job, job_of
+from torture.jobs import Expected, Start, expected, expected_of_job, job_of
 
 UNBOOKED = frozenset({"add_unbooked", "is_early"})
 """Activities that leave no token in the ledger."""
@@ -197,7 +197,7 @@ def results_right(evidence: Evidence, seed: int) -> Iterator[Violation]:
             yield from _compare(there.get(instance_id), instance_id, wanted)
         consumers = [start for start in job.starts if start.workflow == "consumer"]
         if consumers:
-            yield from _shared_out(there, [start.instance_id for start in consumers])
+            yield from _shared_out(there, consumers)
     for instance in evidence.instances:
         if instance.workflow == "listener" and instance.status in ENDED:
             yield from _compare(instance, instance.instance_id, _of_listener(evidence, instance))
@@ -224,12 +224,14 @@ def _compare(instance: InstanceRow | None, instance_id: str, wanted: Expected) -
         yield Violation("result", instance_id, what)
 
 
-def _shared_out(there: dict[str, InstanceRow], consumer_ids: list[str]) -> Iterator[Violation]:
-    """What was published on a competing channel has each come to one consumer."""
-    found = [there[instance_id] for instance_id in consumer_ids if instance_id in there]
+def _shared_out(there: dict[str, InstanceRow], consumers: list[Start]) -> Iterator[Violation]:
+    """What was published on a competing channel has each come to one consumer, and each has got its share."""
+    found = [there[start.instance_id] for start in consumers if start.instance_id in there]
     got = sorted(number for instance in found for number in decoded(instance.result) or ())
-    if got != list(range(len(got))) or any(instance.status != "completed" for instance in found):
-        yield Violation("result", consumer_ids[0], f"the consumers {consumer_ids} have got {got}")
+    total = sum(start.arguments[1] for start in consumers)
+    if got != list(range(total)) or any(instance.status != "completed" for instance in found):
+        what = f"the consumers of {consumers[0].arguments[0]} have got {got} instead of {total} messages, each once"
+        yield Violation("result", consumers[0].instance_id, what)
 
 
 def results_told(evidence: Evidence) -> Iterator[Violation]:

@@ -80,7 +80,7 @@ class Evidence:
     complaints: list[str] = field(default_factory=list)
 
 
-FORBIDDEN_IN_LOGS = ("unforeseen", "Traceback", "Task exception was never retrieved", "NonDeterminismError")
+FORBIDDEN_IN_LOGS = ("unforeseen", "never retrieved", " ERROR asyncio ", " is suspended: ")
 
 
 def gather(database: Database, folder: Folder, unfinished: dict[str, float | None], logs: list[str]) -> Evidence:

@@ -1,0 +1,199 @@
+"""The torture's checker sees each kind of broken promise, in fabricated ledgers and histories; none where all is well."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torture.checker import check
+from torture.evidence import EventRow, Evidence, InstanceRow, Stranger
+from torture.jobs import KINDS, Job, expected_of_job, job_of
+
+SEED = 7
+
+
+def job(kind: str, *, suits: Any = lambda job: True) -> Job:
+    """The first job of a kind."""
+    return next(
+        found
+        for found in (job_of(SEED, number) for number in range(5_000))
+        if found.starts[0].instance_id.startswith(f"{kind}-") and suits(found)
+    )
+
+
+def ended(name: str, workflow: str, result: Any, status: str = "completed", run: int = 1) -> InstanceRow:
+    return InstanceRow(name, run, workflow, status, None, json.dumps(result), None, 1)
+
+
+def done(name: str, seq: int, activity: str, **fields: Any) -> EventRow:
+    event = EventRow(name, 1, seq, "ActivityCompleted", f"{activity}:{seq}", activity, 1, "{}", "0")
+    return replace(event, **fields)
+
+
+def received(name: str, seq: int, mail_id: str, channel: str = "market") -> EventRow:
+    body = json.dumps([[mail_id, channel, None, 0], {}, 1])
+    return EventRow(name, 1, seq, "ChannelMessageReceived", f"message:{seq}", channel, 0, None, body)
+
+
+def undo(name: str, seq: int, number: int) -> EventRow:
+    token = {"operation_id": f"give_back:{seq}", "input": json.dumps({"number": number})}
+    return done(name, seq, "give_back", kind="CompensationExecuted", **token)
+
+
+def take(name: str, seq: int, number: int) -> EventRow:
+    return done(name, seq, "take", input=json.dumps({"number": number}))
+
+
+def whole(name: str, workflow: str, result: Any, *events: EventRow, status: str = "completed", **more: Any) -> Evidence:
+    """Evidence of one instance, in which each activity has left what it should."""
+    tokens = [event.token for event in events if event.kind in ("ActivityCompleted", "CompensationExecuted")]
+    return replace(
+        Evidence([ended(name, workflow, result, status)], list(events), ledger=list(tokens), lines=list(tokens)), **more
+    )
+
+
+def rules(evidence: Evidence) -> set[str]:
+    return {violation.rule for violation in check(evidence, SEED)}
+
+
+A_JOB = job("sequence")
+(A_START,) = A_JOB.starts
+NAME = A_START.instance_id
+RIGHT = expected_of_job(A_JOB)[NAME].result
+TOLD = [
+    {"what": "start", "id": NAME, "workflow": "sequence", "arguments": A_START.arguments},
+    {"what": "result", "id": NAME, "status": "completed", "result": RIGHT},
+    {"what": "done", "job": A_JOB.number},
+]
+GOOD = whole(NAME, "sequence", RIGHT, done(NAME, 1, "add"), done(NAME, 2, "add"), acknowledged=TOLD)
+SAGA = ("saga-x", "saga", None)
+TAKEN = (take("saga-x", 1, 0), take("saga-x", 2, 2), take("saga-x", 3, 10))
+
+
+def test_evidence_without_faults_has_no_violations() -> None:
+    assert rules(GOOD) == set()
+    undone = (undo("saga-x", 4, 10), undo("saga-x", 5, 2), undo("saga-x", 6, 0))
+    assert rules(whole(*SAGA, *TAKEN, *undone, status="failed")) == set()
+
+
+@pytest.mark.parametrize(
+    ("evidence", "rule"),
+    [
+        pytest.param(replace(GOOD, ledger=[*GOOD.ledger, GOOD.ledger[0]]), "effect", id="doubled effect"),
+        pytest.param(replace(GOOD, ledger=GOOD.ledger[1:]), "effect", id="missing effect"),
+        pytest.param(replace(GOOD, ledger=[*GOOD.ledger, f"{NAME}/1/add:9"]), "effect", id="effect without outcome"),
+        pytest.param(replace(GOOD, lines=GOOD.lines[1:]), "effect", id="outcome without attempt"),
+        pytest.param(
+            replace(GOOD, history=[replace(GOOD.history[0], kind="ActivityFailed"), GOOD.history[1]]),
+            "effect",
+            id="effect of a failed activity",
+        ),
+        pytest.param(
+            replace(GOOD, history=[*GOOD.history, replace(GOOD.history[0], seq=3)]), "outcome", id="two outcomes"
+        ),
+        pytest.param(
+            whole(
+                "c", "consumer", [1], received("c", 1, "m"), replace(received("c", 2, "m"), operation_id="message:1",
+                kind="MessageTimeout", result=None),
+            ),
+            "outcome",
+            id="message and timeout",
+        ),
+        pytest.param(
+            replace(GOOD, history=[replace(GOOD.history[0], attempt=3), *GOOD.history[1:]]),
+            "attempts",
+            id="attempts lost",
+        ),
+        pytest.param(replace(GOOD, strangers=[Stranger(NAME, 1, 1, 11, 12)]), "fence", id="written by a zombie"),
+        pytest.param(
+            whole("c", "consumer", [1, 1], received("c", 1, "m"), received("c", 2, "m")),
+            "delivery",
+            id="received twice",
+        ),
+        pytest.param(
+            whole("c", "consumer", [1], received("c", 1, "m"), received("d", 1, "m")), "delivery", id="two consumers"
+        ),
+        pytest.param(replace(GOOD, instances=[]), "start", id="lost start"),
+        pytest.param(replace(GOOD, unfinished={NAME: None}), "time", id="never finished"),
+        pytest.param(replace(GOOD, unfinished={NAME: 3.0}), "time", id="finished late"),
+        pytest.param(
+            replace(GOOD, instances=[ended(NAME, "sequence", RIGHT + 1)]), "result", id="wrong result"
+        ),
+        pytest.param(
+            replace(GOOD, instances=[ended(NAME, "sequence", None, "failed")]), "result", id="wrong status"
+        ),
+        pytest.param(
+            replace(GOOD, acknowledged=[TOLD[0], {**TOLD[1], "result": -1}, TOLD[2]]), "result", id="told otherwise"
+        ),
+        pytest.param(
+            replace(GOOD, instances=[replace(GOOD.instances[0], owner="w")]), "ending", id="ended and still owned"
+        ),
+        pytest.param(replace(GOOD, complaints=["worker-1: unforeseen"]), "log", id="complaint in a log"),
+        pytest.param(
+            whole(*SAGA, *TAKEN, undo("saga-x", 4, 0), undo("saga-x", 5, 2), undo("saga-x", 6, 10), status="failed"),
+            "compensation",
+            id="undone in the wrong order",
+        ),
+        pytest.param(
+            whole(*SAGA, *TAKEN, undo("saga-x", 4, 10), undo("saga-x", 5, 2), status="failed"),
+            "compensation",
+            id="not all undone",
+        ),
+        pytest.param(
+            whole(*SAGA, *TAKEN, *(undo("saga-x", 4 + n, number) for n, number in enumerate((10, 2, 2, 0))),
+                  status="failed"),
+            "compensation",
+            id="undone twice",
+        ),
+        pytest.param(
+            whole(*SAGA, *TAKEN, undo("saga-x", 4, 10), status="completed"), "compensation", id="undone without need"
+        ),
+    ],
+)  # fmt: skip
+def test_planted_violation_is_seen(evidence: Evidence, rule: str) -> None:
+    assert rule in rules(evidence)
+
+
+def test_messages_that_no_consumer_got_or_two_got_are_seen() -> None:
+    market = job("market", suits=lambda found: sum(s.workflow == "consumer" for s in found.starts) > 1)
+    consumers = [start for start in market.starts if start.workflow == "consumer"]
+    numbers = iter(range(100))
+    shares = {start.instance_id: [next(numbers) for _ in range(start.arguments[1])] for start in consumers}
+    rows = [
+        ended(start.instance_id, "producer", start.arguments[2]) for start in market.starts if start not in consumers
+    ]
+    acknowledged = [{"what": "done", "job": market.number}]
+
+    def rules_with(shares: dict[str, list[int]]) -> set[str]:
+        instances = [*rows, *(ended(name, "consumer", share) for name, share in shares.items())]
+        return rules(Evidence(instances, acknowledged=acknowledged))
+
+    assert rules_with(shares) == set()
+    first = consumers[0].instance_id
+    last = consumers[-1].instance_id
+    for name in (first, last):
+        assert rules_with({**shares, name: shares[name][:-1]}) == {"result"}
+    assert rules_with({**shares, first: [*shares[first][:-1], shares[consumers[1].instance_id][0]]}) == {"result"}
+
+
+def test_listener_that_has_missed_a_message_is_seen() -> None:
+    crowd = job("crowd", suits=lambda found: found.starts[0].arguments[1] > 1)
+    (start,) = crowd.starts
+    _, count = start.arguments
+    told = [{"what": "start", "id": start.instance_id, "workflow": "crowd", "arguments": start.arguments}]
+    parent = ended(start.instance_id, "crowd", expected_of_job(crowd)[start.instance_id].result)
+    for child_id in (f"{start.instance_id}/child:1", f"{start.instance_id} child 1"):
+        whole_share = ended(child_id, "listener", list(range(count)))
+        assert rules(Evidence([parent, whole_share], acknowledged=told)) == set()
+        part = ended(child_id, "listener", list(range(1, count)))
+        assert rules(Evidence([parent, part], acknowledged=told)) == {"result"}
+
+
+def test_each_kind_of_job_comes_up_and_is_the_same_for_the_same_seed() -> None:
+    for kind in KINDS:
+        found = job(kind)
+        assert found == job_of(SEED, found.number)
+        is_all_known = len(expected_of_job(found)) == len(found.starts)
+        assert is_all_known or kind == "market"
