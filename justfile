@@ -45,3 +45,11 @@ races count="100000":
 # The benchmarks beside their floor and the peers.
 bench *arguments:
     uv run python benchmarks/run.py {{ arguments }}
+
+# Faults at random on every database, and a check of every promise; see torture/__init__.py.
+torture *arguments:
+    uv run python -m torture {{ arguments }}
+
+# Faults planted in the engine: each must make a test fail.
+mutants *arguments:
+    uv run python -m torture.mutants {{ arguments }}

@@ -71,11 +71,11 @@ def _lose_hints(folder: Folder) -> None:
 
     init = Listener.__init__
 
-    def with_losses(self: Listener, connect: Any, wait: Any, abort: Any, on_hint: Any) -> None:
+    def with_losses(self: Listener, connect: Any, wait: Any, abort: Any, on_hint: Any, *others: Any) -> None:
         def heard() -> None:
             if not folder.deaf.exists():
                 on_hint()
 
-        init(self, connect, wait, abort, heard)
+        init(self, connect, wait, abort, heard, *others)
 
     Listener.__init__ = with_losses  # type: ignore[method-assign]

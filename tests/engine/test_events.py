@@ -12,7 +12,7 @@ import pytest
 from romancy import App, Event, EventTimeoutError, SerializationError, Status, WorkflowContext, activity, workflow
 from romancy.testing import VirtualClock
 from tests.databases import Database, rows
-from tests.support import RESULT_TIMEOUT_S, wait_for_status
+from tests.support import RESULT_TIMEOUT_S, CrashPlan, crash, wait_for_status
 
 
 @dataclass
@@ -198,6 +198,27 @@ async def test_waiting_instance_goes_on_after_a_restart(database: Database) -> N
     async with App(database) as app:
         handle = await app.get_handle("x", order)
         assert await handle.result(RESULT_TIMEOUT_S) == ["1", "2"]
+    assert left(database) == NOTHING
+
+
+async def test_delivery_survives_a_crash_between_its_claim_and_its_record(database: Database) -> None:
+    @workflow
+    async def order(ctx: WorkflowContext) -> str:
+        return str((await ctx.wait_event("paid", key="k")).data)
+
+    async with App(database) as app:
+        await app.start_workflow(order, id="x")
+        await wait_for_status(app, "x", Status.WAITING_FOR_EVENT)
+    async with App(database, worker=False) as client:
+        await client.send_event("paid", "once", key="k")
+    plan = CrashPlan(1, "before")
+    with plan.armed():
+        app = App(database)
+        await app.start()
+        await plan.happened.wait()  # it has claimed the instance, and was about to record what it found
+        await crash(app)
+    async with App(database) as app:
+        assert await (await app.get_handle("x", order)).result(RESULT_TIMEOUT_S) == "once"
     assert left(database) == NOTHING
 
 

@@ -167,6 +167,20 @@ async def test_lost_lease_or_hopeless_database_stops_the_writer(error: DatabaseE
     await writer.drained()
 
 
+async def test_start_returns_when_it_is_durable_and_not_before() -> None:
+    store = FakeStore()
+    writer, _ = make(store)
+    settled: list[bool] = []
+    starting = asyncio.create_task(writer.start(start("a"), False, settled.append))
+    await turns()
+    assert len(store.batches) == 1
+    assert not starting.done()
+    assert settled == []
+    store.batches[0][1].set_result(None)
+    assert await starting
+    assert settled == [True]
+
+
 async def test_cancelled_caller_does_not_undo_its_start() -> None:
     store = FakeStore()
     writer, _ = make(store)

@@ -1,4 +1,4 @@
-"""The torture's checker sees each kind of broken promise, in fabricated ledgers and histories; none where all is well."""
+"""The checker of the torture sees each kind of broken promise in fabricated evidence; none where all is well."""
 
 from __future__ import annotations
 

@@ -196,6 +196,7 @@ class MailDesk:
             self.delete(deliveries.name, Wait._fields[:3], [delivery[:3] for delivery in back])
             gone = {delivery[:3] for delivery in back}
             self.post.deliveries = [delivery for delivery in self.post.deliveries if delivery[:3] not in gone]
+            self.post.kept = [delivery for delivery in self.post.kept if delivery[:3] not in gone]
             self._dispatch([Mail(*delivery[3:]) for delivery in back])
 
     def _find_deliveries(self, some_waits: Iterable[Wait]) -> list[Delivery]:

@@ -1,0 +1,59 @@
+"""The listener's thread, on connections that the test plays."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from romancy.storage import listener as listener_module
+from romancy.storage.listener import Listener
+from tests.support import RESULT_TIMEOUT_S
+
+
+class SilentLink:
+    """Hears nothing until it is closed or broken."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.is_broken = False
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Any:
+        raise AssertionError
+
+    def close(self) -> None:
+        self.ended.set()
+
+
+def test_listener_looks_once_it_listens_and_again_after_each_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said before it listened, or while its connection was lost, nobody says again."""
+    monkeypatch.setattr(listener_module, "RECONNECT_WAIT_S", 0.01)
+    links: list[SilentLink] = []
+    steps: list[str] = []
+    looked = threading.Semaphore(0)
+
+    def connect() -> SilentLink:
+        steps.append("listens")
+        links.append(SilentLink())
+        return links[-1]
+
+    def wait(link: Any) -> None:
+        link.ended.wait(RESULT_TIMEOUT_S)
+        if link.is_broken:
+            raise ConnectionError
+
+    def look() -> None:
+        steps.append("looks")
+        looked.release()
+
+    listener = Listener(connect, wait, SilentLink.close, look)  # type: ignore[arg-type]
+    listener.start()
+    try:
+        assert looked.acquire(timeout=RESULT_TIMEOUT_S)
+        links[-1].is_broken = True
+        links[-1].ended.set()
+        assert looked.acquire(timeout=RESULT_TIMEOUT_S)
+    finally:
+        listener.stop()
+    assert steps == ["listens", "looks", "listens", "looks"]

@@ -1,0 +1,238 @@
+"""The mutants: faults of the kind that such engines have had, each as a change of a few words."""
+
+from __future__ import annotations
+
+from torture.mutants.gate import Mutant
+
+WORKERS = "tests/engine/test_workers.py"
+ODD = "tests/engine/test_odd_moments.py"
+CHILDREN = "tests/engine/test_children.py"
+CHANNELS = "tests/engine/test_channels.py"
+EVENTS = "tests/engine/test_events.py"
+RETRIES = "tests/engine/test_retries.py"
+SESSIONS = "tests/engine/test_sessions.py"
+SAGAS = "tests/engine/test_sagas.py"
+WRITER = "tests/storage/test_writer.py"
+DESK = "tests/storage/test_mail_desk.py"
+LOST = "tests/storage/test_lost_connections.py"
+CLAIMS = "tests/storage/test_claims.py"
+
+MUTANTS = (
+    Mutant(
+        "no fence in the writer",
+        "storage/store.py",
+        """        if renew_until is None:
+            self._check_fence(link, worker_id, self._statements.fence)
+        elif link""",
+        """        if renew_until is None:
+            return
+        elif link""",
+        (f"{WORKERS}::test_zombie_writes_nothing_more_and_the_app_begins_a_new_life",),
+    ),
+    Mutant(
+        "no fence in the transactions of activities",
+        "storage/sqlite.py",
+        """        if connection.execute(alive.values(lease_until=renew_until)).rowcount != 1:
+            raise fenced(worker_id)
+        connection""",
+        """        connection.execute(alive.values(lease_until=renew_until))
+        connection""",
+        (f"{SESSIONS}::test_lost_lease_rolls_back_the_users_rows",),
+    ),
+    Mutant(
+        "conflicts in history are ignored",
+        "storage/store.py",
+        """        self._history = ManyRows(insert_into(history, HistoryRow._fields),""",
+        """        self._history = ManyRows(insert_into(history, HistoryRow._fields).replace("INSERT", "INSERT OR IGNORE"),""",
+        (f"{WORKERS}::test_history_written_by_another_owner_stops_only_that_instance[sqlite]",),
+    ),
+    Mutant(
+        "a wait does not look for what has come before it",
+        "storage/mail_desk.py",
+        """        open_waits = registrations
+        taken""",
+        """        self._insert_waits(registrations)
+        open_waits: list[Wait] = []
+        taken""",
+        (f"{EVENTS}::test_event_with_a_key_is_kept_until_somebody_waits[sqlite]",),
+    ),
+    Mutant(
+        "the listener listens without looking first",
+        "storage/listener.py",
+        """                # First listen, then look: what came in between is found by that look.
+                self._on_hint()
+""",
+        "",
+        ("tests/storage/test_listener.py",),
+    ),
+    Mutant(
+        "news are found by a cursor, so that a late commit is passed over",
+        "storage/mail_desk.py",
+        """    found = [Delivery(*row) for row in rows]
+    if not workflow_names:""",
+        """    found = [Delivery(*row) for row in rows if row[4] > getattr(find_news, "cursor", "")]
+    find_news.cursor = max([d.mail_id for d in found], default=getattr(find_news, "cursor", ""))
+    if not workflow_names:""",
+        (f"{DESK}::test_mail_with_an_older_id_that_is_committed_later_is_news_too[sqlite]",),
+    ),
+    Mutant(
+        "the lease of a worker that was buried is renewed",
+        "storage/statements.py",
+        "self.renew = prepare(update(workers).where(alive)",
+        "self.renew = prepare(update(workers).where(workers.c.worker_id == me)",
+        (f"{CLAIMS}::test_lease_that_was_lost_is_not_renewed[sqlite]",),
+    ),
+    Mutant(
+        "a worker is buried before its lease has ended",
+        "storage/statements.py",
+        """                or_(workers.c.lease_until < now, literal(1) == bindparam("is_gone")),""",
+        """                or_(workers.c.lease_until < now + 10**15, literal(1) == bindparam("is_gone")),""",
+        (f"{CLAIMS}::test_worker_that_has_renewed_meanwhile_is_not_buried[sqlite]",),
+    ),
+    Mutant(
+        "no lock on the slots of the mail",
+        "storage/mail_desk.py",
+        """ ORDER BY slot FOR UPDATE\"""",
+        """ ORDER BY slot\"""",
+        (f"{DESK}::test_no_meeting_is_missed_by_two_processes_at_once",),
+    ),
+    Mutant(
+        "what has met is told, but not stored",
+        "storage/mail_desk.py",
+        """        self.insert(deliveries.name, Delivery._fields, met)
+        self.post.deliveries += met""",
+        """        self.post.deliveries += met""",
+        (DESK + "::test_desk_does_what_the_model_says[sqlite]",),
+    ),
+    Mutant(
+        "a delivery is removed when it is read, before it is recorded",
+        "storage/mail_desk.py",
+        """        found += [Delivery(*row) for row in rows]
+        fields = ", ".join(Wait._fields)""",
+        """        found += [Delivery(*row) for row in rows]
+        execute(f"DELETE FROM {deliveries.name} WHERE {condition}", values)
+        fields = ", ".join(Wait._fields)""",
+        (f"{EVENTS}::test_delivery_survives_a_crash_between_its_claim_and_its_record[sqlite]",),
+    ),
+    Mutant(
+        "a message and its timeout are both recorded",
+        "storage/mail_desk.py",
+        """        self.post.kept += [delivery for delivery in delivered if delivery[:3] not in returning]
+""",
+        "",
+        (f"{DESK}::test_desk_does_what_the_model_says[sqlite]",),
+    ),
+    Mutant(
+        "a retry is not recorded",
+        "engine/instance.py",
+        """        self._record(self._event(RETRY, operation, result=began, error=encode_error(error), due_at=operation.due_us))
+""",
+        """        del began
+""",
+        (f"{RETRIES}::test_crash_during_backoff_neither_restarts_the_count_nor_forgets_the_wait[sqlite]",),
+    ),
+    Mutant(
+        "replay forgets the rest of a backoff",
+        "engine/instance.py",
+        "operation.due_us = event.due_at or 0",
+        "operation.due_us = 0",
+        (f"{RETRIES}::test_crash_during_backoff_neither_restarts_the_count_nor_forgets_the_wait[sqlite]",),
+    ),
+    Mutant(
+        "a start is acknowledged before its commit",
+        "storage/writer.py",
+        "        return await start.future",
+        "        return True",
+        (f"{WRITER}::test_start_returns_when_it_is_durable_and_not_before",),
+    ),
+    Mutant(
+        "a result is given out before its commit",
+        "engine/instance.py",
+        """        host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
+
+    # -- further runs""",
+        """        del ticket
+        host.on_ended(self, state)
+
+    # -- further runs""",
+        (f"{WRITER}::test_result_is_not_given_out_before_the_end_is_durable",),
+    ),
+    Mutant(
+        "activities do not wait for the commit of the outcome before",
+        "engine/instance.py",
+        "        elif self.ticket <= self._host.writer.committed:\n            self._run_activity(operation)",
+        "        elif self.ticket <= self._host.writer.committed + 2:\n            self._run_activity(operation)",
+        (f"{WRITER}::test_no_activity_starts_before_the_outcome_before_it_is_durable",),
+    ),
+    Mutant(
+        "compensations run in the order of what they undo",
+        "engine/saga.py",
+        "self._undos.pop()",
+        "self._undos.pop(0)",
+        (f"{SAGAS}::test_failed_workflow_undoes_what_it_did_last_in_first_out[sqlite]",),
+    ),
+    Mutant(
+        "replay forgets what is to be undone",
+        "engine/instance.py",
+        """            if operation.activity.compensate is not None:
+                self._add_undo(undo_of(operation, value))
+            self._resolve(operation.future, value, None)
+        else""",
+        """            self._resolve(operation.future, value, None)
+        else""",
+        (f"{SAGAS}::test_crash_at_any_commit_undoes_each_thing_once_recorded",),
+    ),
+    Mutant(
+        "replay forgets timers",
+        "engine/instance.py",
+        "        still_open = {id(operation) for operation in self._open()}",
+        "        still_open = {id(op) for op in self._open() if not isinstance(op, TimerOperation)}",
+        (f"{ODD}::test_sleepers_are_never_taken_for_poison[sqlite]", f"{WORKERS}::test_cold_sleepers_leave_memory_and_wake_by_the_database[sqlite]"),
+    ),
+    Mutant(
+        "replay forgets the end of a run",
+        "engine/instance.py",
+        " if id(op) in still_open or isinstance(op, RecurOperation)]",
+        " if id(op) in still_open]",
+        (f"{CHILDREN}::test_crash_at_any_commit_loses_no_run[sqlite-before]",),
+    ),
+    Mutant(
+        "claims take what is owned",
+        "storage/statements.py",
+        "        free = and_(instances.c.owner.is_(None), instances.c.completed_at.is_(None))",
+        "        free = and_(instances.c.completed_at.is_(None))",
+        (f"{CLAIMS}::test_what_is_owned_is_not_claimed[sqlite]",),
+    ),
+    Mutant(
+        "claims do not lock what they find",
+        "storage/statements.py",
+        """            .order_by(instances.c.ready_at)
+            .limit(limit)
+            .with_for_update(skip_locked=True)""",
+        """            .order_by(instances.c.ready_at)
+            .limit(limit)""",
+        (f"{CLAIMS}::test_two_workers_that_claim_at_once_share_what_there_is",),
+    ),
+    Mutant(
+        "a state is written on what is another's",
+        "storage/sqlite.py",
+        "AND {instances.name}.owner = v.column9\"",
+        "AND v.column9 = v.column9\"",
+        (f"{CLAIMS}::test_state_of_what_is_anothers_is_refused[sqlite]",),
+    ),
+    Mutant(
+        "a batch whose answer was lost is just sent again",
+        "storage/store.py",
+        "batch.is_unsure = batch.is_unsure or is_lost(error)",
+        "batch.is_unsure = False",
+        (f"{LOST}::test_connection_that_breaks_at_any_request",),
+    ),
+    Mutant(
+        "deaths of workers are not counted",
+        "storage/store.py",
+        "claimed = self._take(link, found, me, now, counted=1)",
+        "claimed = self._take(link, found, me, now, counted=0)",
+        (f"{WORKERS}::test_instance_that_kills_its_workers_is_parked[sqlite]",),
+    ),
+)  # fmt: skip
+"""In the order of the seed of all trouble: leases, mail, replay, claims."""
