@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from romancy.storage import listener as listener_module
+from romancy.storage.address import parse_address
 from romancy.storage.listener import Listener
+from romancy.storage.postgresql import LISTEN_SLICE_S
+from romancy.storage.stores import make_store
 from tests.support import RESULT_TIMEOUT_S
 
 
@@ -57,3 +61,24 @@ def test_listener_looks_once_it_listens_and_again_after_each_loss(monkeypatch: p
     finally:
         listener.stop()
     assert steps == ["listens", "looks", "listens", "looks"]
+
+
+@pytest.fixture(params=["postgresql", "mysql"])
+def url(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+def test_listener_hears_and_ends_in_the_middle_of_its_wait(url: str) -> None:
+    store = make_store(parse_address(url), [])
+    store.open(migrate=True)
+    hints = threading.Semaphore(0)
+    try:
+        store.start_listening(hints.release)
+        assert hints.acquire(timeout=RESULT_TIMEOUT_S)  # it listens
+        while not hints.acquire(timeout=0.05):  # a sleeper of MySQL may not yet be asleep
+            store.tell_others().result()
+        begin = time.monotonic()
+        store.stop_listening()
+        assert time.monotonic() - begin < LISTEN_SLICE_S / 4
+    finally:
+        store.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,12 +30,30 @@ except ImportError as error:
 
 MINIMUM_VERSION = 130_000
 CHANNEL = "romancy"
-LISTEN_SLICE_S = 0.2
+LISTEN_SLICE_S = 20
 MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
 
 _TYPES = {"run": "int", "claims": "int", "seq": "int", "position": "int", "attempt": "int"} | dict.fromkeys(
     ("ready_at", "created_at", "started_at", "updated_at", "completed_at", "at", "due_at"), "bigint"
 )
+
+
+class _Ear:
+    """A connection that listens, and can be cut off by another thread in the middle of it."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self.execute = connection.execute
+        self._socket = socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+
+    def cut_off(self) -> None:
+        """Make whoever waits for this connection find it at its end."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """See :class:`romancy.storage.threads.Link`."""
+        self._socket.close()
+        self.connection.close()
 
 
 class PostgresqlStore(ServerStore):
@@ -149,16 +168,12 @@ class PostgresqlStore(ServerStore):
     # -- hints -------------------------------------------------------------------------------------
 
     def _make_listener(self, on_hint: Callable[[], None]) -> Listener:
-        return Listener(self._listen, self._wait_for_hint, lambda link: None, on_hint)
+        return Listener(self._listen, _wait_for_hint, _abort, on_hint)
 
     def _listen(self) -> Link:
         link = self.connect()
         link.execute(f"LISTEN {CHANNEL}")
-        return link
-
-    def _wait_for_hint(self, link: Link) -> bool:
-        connection: Any = link
-        return any(True for _ in connection.notifies(timeout=LISTEN_SLICE_S, stop_after=1))
+        return _Ear(link)
 
     def _hint(self, link: Link) -> None:
         # Not in the transaction of the work itself: notifying commits queue up behind one lock of the server.
@@ -175,6 +190,16 @@ class PostgresqlStore(ServerStore):
 
     def _update_states(self, link: Link, states: list[StateRow], worker_id: str) -> None:
         raise NotImplementedError  # part of the one statement
+
+
+def _wait_for_hint(link: Link) -> bool:
+    assert isinstance(link, _Ear)
+    return any(True for _ in link.connection.notifies(timeout=LISTEN_SLICE_S, stop_after=1))
+
+
+def _abort(link: Link) -> None:
+    assert isinstance(link, _Ear)
+    link.cut_off()
 
 
 def _as_json(fields: tuple[str, ...], rows: list[Any]) -> str:
