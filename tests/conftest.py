@@ -12,10 +12,6 @@ import pytest
 from romancy.testing import VirtualClock, isolated_catalogue
 from tests.databases import KINDS, Database, clean, server_database
 
-# Many tests start processes; each module is compiled once for all of them, not once for each.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / "build" / "pycache"))
-
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two a core for ``-n auto``: many tests wait for other processes and servers."""
