@@ -9,9 +9,7 @@ from pathlib import Path
 # Workers of pytest-xdist, and the many processes that tests start, find what the first process has compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-sys.pycache_prefix = os.environ.setdefault(
-    "PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / "build" / "pycache")
-)
+sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / "build" / "pycache"))
 
 # No test talks to anybody whom a certificate authority vouches for; PyMySQL would read the system's hundred and more
 # of them for every connection, which takes longer than all else in it.

@@ -82,9 +82,8 @@ class MysqlStore(ServerStore):
 
     # -- opening -----------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        with contextlib.closing(self._connect()) as link:
-            version, flushes = link.execute("SELECT VERSION(), @@innodb_flush_log_at_trx_commit").fetchone()
+    def check(self, link: Link) -> None:
+        version, flushes = link.execute("SELECT VERSION(), @@innodb_flush_log_at_trx_commit").fetchone()
         self._is_mariadb = "mariadb" in version.lower()
         numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
         kind, minimum = ("MariaDB", MINIMUM_MARIADB) if self._is_mariadb else ("MySQL", MINIMUM_MYSQL)
@@ -98,22 +97,19 @@ class MysqlStore(ServerStore):
                 f"lose what it has acknowledged: SET GLOBAL innodb_flush_log_at_trx_commit = 1, and in my.cnf"
             )
 
-    def prepare(self, migrate: bool) -> str | None:
-        before = super().prepare(migrate)
-        with contextlib.closing(self._connect()) as link:
-            names = [table.name for table in (instances, history, workers)]
-            found = link.execute(
-                "SELECT table_name, engine FROM information_schema.tables "
-                f"WHERE table_schema = DATABASE() AND table_name IN ({','.join(['%s'] * len(names))})",
-                names,
-            ).fetchall()
+    def check_tables(self, link: Link) -> None:
+        names = [table.name for table in (instances, history, workers)]
+        found = link.execute(
+            "SELECT table_name, engine FROM information_schema.tables "
+            f"WHERE table_schema = DATABASE() AND table_name IN ({','.join(['%s'] * len(names))})",
+            names,
+        ).fetchall()
         for name, engine in found:
             if engine.lower() != "innodb":
                 raise DatabaseUnsafeError(
                     f"database {self.name}: table {name} has the engine {engine}, which has no transactions: "
                     f"ALTER TABLE {name} ENGINE = InnoDB"
                 )
-        return before
 
     def connect(self) -> MysqlLink:
         link = self._connect()

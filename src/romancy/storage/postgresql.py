@@ -80,12 +80,11 @@ class PostgresqlStore(ServerStore):
 
     # -- opening -----------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        with contextlib.closing(self.connect()) as link:
-            settings: Any = link.execute(
-                "SELECT current_setting('server_version_num')::int, current_setting('fsync'), "
-                "current_setting('synchronous_commit'), current_setting('full_page_writes')"
-            ).fetchone()
+    def check(self, link: Link) -> None:
+        settings: Any = link.execute(
+            "SELECT current_setting('server_version_num')::int, current_setting('fsync'), "
+            "current_setting('synchronous_commit'), current_setting('full_page_writes')"
+        ).fetchone()
         version, fsync, commit, pages = settings
         if version < MINIMUM_VERSION:
             raise DatabaseUnsafeError(

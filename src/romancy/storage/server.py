@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -12,8 +13,11 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from romancy.clock import DatabaseClock
 from romancy.storage.address import ServerAddress
+from romancy.storage.failures import is_driver_error, is_lost
 from romancy.storage.migrate import ensure_server_schema
+from romancy.storage.schema import SCHEMA_VERSION, VERSION_TABLE
 from romancy.storage.store import Store
+from romancy.storage.threads import Link
 
 CONNECT_TIMEOUT_S = 10
 LOCK_WAIT_S = 5
@@ -40,20 +44,40 @@ class ServerStore(Store):
         self.address = address
 
     @abstractmethod
-    def check(self) -> None:
+    def check(self, link: Link) -> None:
         """Refuse a server that is too old, or would lose what it has acknowledged.
 
         Raises:
             DatabaseUnsafeError: it is one.
         """
 
+    def check_tables(self, link: Link) -> None:
+        """Refuse tables that can't hold what they should.
+
+        Raises:
+            DatabaseUnsafeError: there is one.
+        """
+        del link
+
     @abstractmethod
     def migration_lock(self, connection: Connection) -> AbstractContextManager[None]:
         """Lets one process at a time migrate."""
 
     def prepare(self, migrate: bool) -> str | None:
-        self.check()
-        return ensure_server_schema(self.url(is_async=False), self.name, self.migration_lock, migrate=migrate)
+        with contextlib.closing(self._connect()) as link:
+            self.check(link)
+            found = _version_if_any(link)
+            if found == SCHEMA_VERSION:
+                self.check_tables(link)
+                return found
+        found = ensure_server_schema(self.url(is_async=False), self.name, self.migration_lock, migrate=migrate)
+        with contextlib.closing(self._connect()) as link:
+            self.check_tables(link)
+        return found
+
+    def _connect(self) -> Link:
+        """A connection for a first look, while it is not known what server that is."""
+        return self.connect()
 
     def session_options(self) -> dict[str, Any]:
         # A server, or a proxy before it, may have closed a connection that lay idle.
@@ -64,3 +88,14 @@ class ServerStore(Store):
 
     def set_up_reading(self, engine: Engine) -> None:
         del engine
+
+
+def _version_if_any(link: Link) -> str | None:
+    """The version of the tables, or ``None`` where this first look can't tell."""
+    try:
+        row = link.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()
+    except Exception as error:
+        if is_lost(error) or not is_driver_error(error):
+            raise
+        return None
+    return None if row is None else str(row[0])
