@@ -13,4 +13,4 @@ sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__fil
 
 # No test talks to anybody whom a certificate authority vouches for; PyMySQL would read the system's hundred and more
 # of them for every connection, which takes longer than all else in it.
-os.environ.setdefault("SSL_CERT_FILE", os.devnull)
+os.environ["SSL_CERT_FILE"] = os.devnull
