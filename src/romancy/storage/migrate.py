@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 
 from sqlalchemy import URL, Column, Connection, MetaData, String, Table, create_engine, insert, inspect, select
@@ -84,16 +85,24 @@ def ensure_schema(path: str, connect: Callable[[], sqlite3.Connection], *, migra
 
 
 def _create_all(connection: sqlite3.Connection) -> None:
-    dialect = sqlite_dialect.dialect()
-    for table in metadata.sorted_tables:
-        connection.execute(str(CreateTable(table).compile(dialect=dialect)))
-        for index in sorted(table.indexes, key=lambda index: str(index.name)):
-            connection.execute(str(CreateIndex(index).compile(dialect=dialect)))
+    for statement in _creation():
+        connection.execute(statement)
     connection.execute(
         f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) NOT NULL, "
         f"CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num))"
     )
     connection.execute(f"INSERT INTO {VERSION_TABLE} VALUES (?)", (SCHEMA_VERSION,))  # noqa: S608
+
+
+@cache
+def _creation() -> list[str]:
+    dialect = sqlite_dialect.dialect()
+    statements: list[str] = []
+    for table in metadata.sorted_tables:
+        statements.append(str(CreateTable(table).compile(dialect=dialect)))
+        for index in sorted(table.indexes, key=lambda index: str(index.name)):
+            statements.append(str(CreateIndex(index).compile(dialect=dialect)))
+    return statements
 
 
 def upgrade(path: str) -> None:

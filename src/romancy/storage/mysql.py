@@ -39,6 +39,8 @@ SLEEP = "SELECT /* romancy listens */ SLEEP"
 LISTEN_SLICE_S = 20
 INTERRUPTED = 1317
 READ_TIMEOUT_S = 30
+_DIALECT = mysql_dialect.dialect(paramstyle="format")
+_NOW: ColumnElement[Any] = literal_column("CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)")
 
 
 class MysqlLink:
@@ -70,8 +72,7 @@ class MysqlStore(ServerStore):
     kind = "mysql"
 
     def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
-        now: ColumnElement[Any] = literal_column("CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)")
-        super().__init__(address, mysql_dialect.dialect(paramstyle="format"), workflow_names, now)
+        super().__init__(address, _DIALECT, workflow_names, _NOW)
         self._is_mariadb = True
         self._keyed_starts = ManyRows(
             insert_into(instances, StartRow._fields),

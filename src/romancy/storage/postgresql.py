@@ -33,6 +33,9 @@ CHANNEL = "romancy"
 LISTEN_SLICE_S = 20
 MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
 
+_make_dialect: Any = PGDialect
+_DIALECT = _make_dialect(paramstyle="format")
+_NOW = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
 _TYPES = {"run": "int", "claims": "int", "seq": "int", "position": "int", "attempt": "int"} | dict.fromkeys(
     ("ready_at", "created_at", "started_at", "updated_at", "completed_at", "at", "due_at"), "bigint"
 )
@@ -67,9 +70,7 @@ class PostgresqlStore(ServerStore):
     kind = "postgresql"
 
     def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
-        now = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
-        dialect: Any = PGDialect
-        super().__init__(address, dialect(paramstyle="format"), workflow_names, now)
+        super().__init__(address, _DIALECT, workflow_names, _NOW)
         self._flush_as_client = _flush_statement("SELECT 1")
         self._flush_as_worker = _flush_statement(
             f"SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' FOR SHARE"

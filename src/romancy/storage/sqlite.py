@@ -27,6 +27,8 @@ from romancy.storage.threads import Link
 MINIMUM_SQLITE = (3, 35, 0)
 BUSY_TIMEOUT_S = 5.0
 PAGES_BETWEEN_CHECKPOINTS = 4_000
+_DIALECT = sqlite_dialect.dialect(paramstyle="qmark")
+_NO_TIME = null()
 
 
 class SqliteStore(Store):
@@ -48,9 +50,7 @@ class SqliteStore(Store):
     def __init__(
         self, address: SqliteAddress, workflow_names: Sequence[str], busy_timeout_s: float = BUSY_TIMEOUT_S
     ) -> None:
-        super().__init__(
-            str(address), sqlite_dialect.dialect(paramstyle="qmark"), workflow_names, "?", SystemClock(), null()
-        )
+        super().__init__(str(address), _DIALECT, workflow_names, "?", SystemClock(), _NO_TIME)
         self.address = address
         self.path = address.path
         self.busy_timeout_s = busy_timeout_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -52,19 +53,27 @@ FIRST_INPUT: ColumnElement[str] = case(
 
 
 class Prepared:
-    """A statement compiled for one dialect; called with its parameters, it gives what the driver takes."""
+    """A statement for one dialect, compiled when it is first wanted; called with its parameters, it gives what the
+    driver takes."""
 
-    __slots__ = ("_defaults", "_order", "sql")
+    __slots__ = ("_compiled", "_dialect", "_statement")
 
     def __init__(self, statement: ClauseElement, dialect: Dialect) -> None:
-        compiled: Any = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
-        self.sql = str(compiled)
-        self._order: Sequence[str] = tuple(compiled.positiontup or ())
-        self._defaults: dict[str, Any] = {name: value for name, value in compiled.params.items() if value is not None}
+        self._statement = statement
+        self._dialect = dialect
+        self._compiled: tuple[str, tuple[str, ...], dict[str, Any]] | None = None
 
     def __call__(self, **parameters: Any) -> tuple[str, tuple[Any, ...]]:
-        given = {**self._defaults, **parameters}
-        return self.sql, tuple(given[name] for name in self._order)
+        sql, order, defaults = self._compiled or self._compile()
+        given = {**defaults, **parameters}
+        return sql, tuple(given[name] for name in order)
+
+    def _compile(self) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+        # Two threads may do it at once: they get the same.
+        made: Any = self._statement.compile(dialect=self._dialect, compile_kwargs={"render_postcompile": True})
+        defaults = {name: value for name, value in made.params.items() if value is not None}
+        self._compiled = compiled = (str(made), tuple(made.positiontup or ()), defaults)
+        return compiled
 
 
 class ManyRows:
@@ -223,3 +232,9 @@ class Statements:
                 instances.c.instance_id == bindparam("instance_id")
             )
         )
+
+
+@lru_cache(maxsize=64)
+def statements_for(dialect: Dialect, workflow_names: tuple[str, ...], clock: ColumnElement[Any]) -> Statements:
+    """The statements for this dialect, the same for all apps of the process that can run the same workflows."""
+    return Statements(dialect, workflow_names, clock)

@@ -46,7 +46,7 @@ from romancy.storage.rows import (
     WorkerRow,
 )
 from romancy.storage.schema import history, instances, workers
-from romancy.storage.statements import MOST_ADDRESSEES, ManyRows, Prepared, Statements, insert_into
+from romancy.storage.statements import MOST_ADDRESSEES, ManyRows, Prepared, insert_into, statements_for
 from romancy.storage.threads import ConnectionThread, Job, Link
 
 logger = logging.getLogger("romancy.storage")
@@ -95,7 +95,7 @@ class Store(ABC):
         self.workflow_clock: Clock = clock
         self.own_writes = 0
         self._workflow_names = tuple(workflow_names)
-        self._statements = Statements(dialect, workflow_names, server_time)
+        self._statements = statements_for(dialect, self._workflow_names, server_time)
         self._starts = ManyRows(insert_into(instances, StartRow._fields), len(StartRow._fields), mark=mark)
         self._history = ManyRows(insert_into(history, HistoryRow._fields), len(HistoryRow._fields), mark=mark)
         self._unsure_claim: int | None = None
