@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from random import Random
-from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -28,6 +28,9 @@ from romancy.storage.sessions import ActivityTransaction, SessionEngines
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+ParentFailure = Literal["cancel", "abandon"]
+"""What becomes of a child when its parent fails or is cancelled."""
 
 
 class RunningWorkflow(Protocol):
@@ -192,7 +195,7 @@ class WorkflowContext:
         /,
         *args: Any,
         id: str | None = None,
-        on_parent_failure: str = "cancel",
+        on_parent_failure: ParentFailure = "cancel",
         **kwargs: Any,
     ) -> ChildHandle[R]:
         """Start another workflow as a child of this instance; once, and not again on replay.
@@ -225,7 +228,7 @@ class WorkflowContext:
         /,
         *args: Any,
         id: str | None = None,
-        on_parent_failure: str = "cancel",
+        on_parent_failure: ParentFailure = "cancel",
         **kwargs: Any,
     ) -> R:
         """Start a child and wait for its result; see :meth:`start_child`.

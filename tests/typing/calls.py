@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import assert_type
 
-from romancy import App, Instance, RetryPolicy, Status, WorkflowContext, WorkflowHandle, activity, workflow
+from romancy import (
+    App,
+    ChildHandle,
+    Event,
+    Instance,
+    Message,
+    RetryPolicy,
+    Status,
+    WorkflowContext,
+    WorkflowHandle,
+    activity,
+    current_activity,
+    workflow,
+)
 
 
 @dataclass
@@ -51,6 +64,31 @@ async def process(ctx: WorkflowContext, order: Order) -> Receipt:
 @workflow(name="other", compare_inputs=False)
 async def without_input(ctx: WorkflowContext) -> int:
     return 1
+
+
+@activity(compensate=charge, heartbeat_timeout=30)
+async def lasts(order: Order) -> None:
+    context = current_activity()
+    assert_type(context.last_heartbeat(type=Receipt), Receipt | None)
+    context.heartbeat(Receipt(1))
+    context.send_event("paid", Receipt(1), key="k")
+    await lasts.options(heartbeat_timeout=timedelta(seconds=1))(order)
+    lasts.options(heartbeat_timeout="soon")  # pyright: ignore[reportArgumentType]
+
+
+@workflow
+async def waits(ctx: WorkflowContext) -> int:
+    assert_type(await ctx.wait_event("paid", key="k", timeout=5, type=Receipt), Event[Receipt])
+    assert_type((await ctx.receive("news", type=Order)).data, Order)
+    assert_type(await ctx.receive("news", type=Order), Message[Order])
+    ctx.on_failure(charge, Order("A"), cents=5)
+    child = await ctx.start_child(process, Order("A"), on_parent_failure="abandon")
+    assert_type(child, ChildHandle[Receipt])
+    assert_type(await child.result(), Receipt)
+    assert_type(await ctx.execute_child(process, Order("A")), Receipt)
+    await ctx.execute_child("process", Order("A"))  # pyright: ignore[reportArgumentType]
+    await ctx.start_child(process, on_parent_failure="stay")  # pyright: ignore[reportArgumentType]
+    await ctx.recur()
 
 
 async def from_outside(app: App, order: Order) -> None:
