@@ -129,10 +129,13 @@ def run(_utc: None, monkeypatch: pytest.MonkeyPatch) -> Run:
     for name in ("ROMANCY_DATABASE", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*words: str | Path, width: int | None = 120, **environment: str) -> Result:
-        columns = "" if width is None else f"{width}"
+    def run(*words: str | Path, width: int | None = 120, stdin: str | None = None, **environment: str) -> Result:
         return CliRunner().invoke(
-            command_line, [str(word) for word in words], env={"COLUMNS": columns, **environment}, color=True
+            command_line,
+            [str(word) for word in words],
+            input=stdin,
+            env={"COLUMNS": "" if width is None else f"{width}", **environment},
+            color=True,
         )
 
     return run

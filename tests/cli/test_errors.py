@@ -12,7 +12,14 @@ import pytest
 
 from tests.cli.conftest import Run
 
-ON_A_DATABASE = [["list"], ["show", "x"], ["history", "x"], ["resume", "x"]]
+OF_AN_INSTANCE = ["show", "history", "resume", "retry", "suspend", "cancel"]
+ON_A_DATABASE = [
+    ["list"],
+    *[[command, "x"] for command in OF_AN_INSTANCE],
+    ["fork", "x", "--from-activity", "y:1"],
+    ["send-event", "x"],
+    ["publish", "x"],
+]
 
 
 def failure(run: Run, *words: str | Path) -> str:
@@ -74,7 +81,7 @@ def test_addresses_that_name_no_file(run: Run, command: list[str], address: str,
     assert message in failure(run, *command, "--database", address)
 
 
-@pytest.mark.parametrize("command", ["show", "history", "resume"])
+@pytest.mark.parametrize("command", OF_AN_INSTANCE)
 @pytest.mark.parametrize("name", ["nope", "\x1b[31m", "\udcff", "ANN", "an"])
 def test_an_unknown_id(run: Run, shop: Path, command: str, name: str) -> None:
     message = failure(run, command, name, "--database", shop)

@@ -1,9 +1,10 @@
-"""The command line ``romancy``: look into a database, mend it, run a worker.
+"""The command line ``romancy``: look into a database, mend it, run workers.
 
-    romancy list | show | history | resume | migrate | worker
+    romancy list | show | history | resume | retry | fork | suspend | cancel | send-event | publish | migrate | worker
 
-``commands`` says what can be asked, ``database`` and ``worker`` do it, ``tables`` and ``details`` show it to people,
-``documents`` to programs. Whatever comes from the database passes ``text.printable`` on its way to a terminal.
+``commands`` and ``changes`` say what can be asked; ``database``, ``worker`` and ``crew`` (several of them) do it;
+``tables`` and ``details`` show it to people, ``documents`` to programs. Whatever comes from the database passes
+``text.printable`` on its way to a terminal, and ``screen`` knows what that can show.
 """
 
 import signal

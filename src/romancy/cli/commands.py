@@ -6,20 +6,20 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from romancy._version import __version__
+from romancy.cli import changes, documents, worker
 from romancy.cli import database as db
-from romancy.cli import documents, worker
 from romancy.cli.crew import Crew
 from romancy.cli.details import instance_details, next_steps
 from romancy.cli.lifeline import Lifeline
+from romancy.cli.options import database_option, instance_argument, json_option
+from romancy.cli.output import errors_shown, now, print_json, print_line, print_raw, tell
 from romancy.cli.screen import Screen
 from romancy.cli.tables import history_table, instance_table
 from romancy.cli.text import command, printable
@@ -28,17 +28,6 @@ from romancy.model import HistoryEvent, Instance, InstancePage, Status
 
 if TYPE_CHECKING:
     from romancy.app import App
-
-database_option = click.option(
-    "--database",
-    metavar="DB",
-    envvar="ROMANCY_DATABASE",
-    show_envvar=True,
-    required=True,
-    help="A path such as orders.db, or a URL such as postgresql://user@host/orders.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, for programs.")
-instance_argument = click.argument("instance_id", metavar="ID")
 
 
 def run() -> None:
@@ -100,10 +89,10 @@ def list_instances(
                 page_token=page_token,
             )
 
-    with _errors_shown(as_json):
+    with errors_shown(as_json):
         page = asyncio.run(read())
         if as_json:
-            _print_json(documents.of_page(page))
+            print_json(documents.of_page(page))
             return
         again = {"--workflow": workflow, "--status": status, "--id": instance_id, "--limit": str(limit)}
         options = [word for name, value in again.items() if value is not None for word in (name, value)]
@@ -122,10 +111,10 @@ def show(instance_id: str, database: str, as_json: bool) -> None:
         async with db.open_queries(database) as queries:
             return await db.read_instance(queries, instance_id, database)
 
-    with _errors_shown(as_json):
+    with errors_shown(as_json):
         instance = asyncio.run(read())
         if as_json:
-            _print_json(documents.of_record(instance))
+            print_json(documents.of_record(instance))
         else:
             _print_instance(instance, database)
 
@@ -148,26 +137,12 @@ def history(instance_id: str, database: str, run: int | None, as_json: bool) -> 
                 )
             return instance, wanted, await queries.get_history(instance_id, wanted)
 
-    with _errors_shown(as_json):
+    with errors_shown(as_json):
         instance, wanted, events = asyncio.run(read())
         if as_json:
-            _print_json([documents.of_record(event) for event in events])
+            print_json([documents.of_record(event) for event in events])
         else:
             _print_history(instance, wanted, events)
-
-
-@app.command(short_help="Let a suspended instance go on.")
-@instance_argument
-@database_option
-@json_option
-def resume(instance_id: str, database: str, as_json: bool) -> None:
-    """Let a suspended instance go on, from its history, with the code as it is now."""
-    with _errors_shown(as_json):
-        instance = asyncio.run(db.resume(database, instance_id))
-        if as_json:
-            _print_json(documents.of_record(instance))
-        else:
-            _print_line(f"resumed {instance.instance_id}: it goes on as soon as a worker is free ({instance.status})")
 
 
 @app.command()
@@ -175,10 +150,10 @@ def resume(instance_id: str, database: str, as_json: bool) -> None:
 @json_option
 def migrate(database: str, as_json: bool) -> None:
     """Create Romancy's tables in a database, or bring them up to date."""
-    with _errors_shown(as_json):
+    with errors_shown(as_json):
         done = db.migrate(database)
         if as_json:
-            _print_json(
+            print_json(
                 {
                     "database": done.database,
                     "action": done.action,
@@ -192,7 +167,7 @@ def migrate(database: str, as_json: bool) -> None:
             "upgraded": f"upgraded the tables from version {done.from_version} to {done.to_version}",
             "none": f"already up to date, version {done.to_version}",
         }
-        _print_line(f"{done.database}: {lines[done.action]}")
+        print_line(f"{done.database}: {lines[done.action]}")
 
 
 @app.command("worker", short_help="Run an app's workflows until Ctrl+C or SIGTERM.")
@@ -212,7 +187,7 @@ def run_worker(target: str, processes: int | None, process: int | None, as_json:
     first on the import path. A second signal ends the process at once, which is safe: others take its instances over.
     """
     exit_code = 0
-    with _errors_shown(as_json):
+    with errors_shown(as_json):
         if processes is not None:
             exit_code = _run_crew(target, processes, as_json)
         elif process is not None:
@@ -237,17 +212,17 @@ def _run_app(found: App, as_json: bool, process: int | None = None, lifeline: Li
         lines["started"] = f"worker {found.name} runs on {found.address}, process id {os.getpid()}"
         lines["stopping"] = f"worker {found.name} stops; running activities have {found.shutdown_grace_s:g} s"
 
-    def tell(moment: worker.Moment) -> None:
+    def tell_of(moment: worker.Moment) -> None:
         facts = {"worker": found.name, "database": str(found.address), "pid": os.getpid()}
-        _tell(as_json, moment, prefix + lines[moment], **number, **facts)
+        tell(as_json, moment, prefix + lines[moment], **number, **facts)
 
-    asyncio.run(worker.run_until_signal(found, tell, lifeline))
+    asyncio.run(worker.run_until_signal(found, tell_of, lifeline))
 
 
 def _run_crew(target: str, processes: int, as_json: bool) -> int:
     if sys.platform == "win32":
         raise ConfigurationError("--processes needs Linux or macOS: start several romancy worker here")
-    crew = Crew(target, processes, ["--json"] if as_json else [], partial(_tell, as_json))
+    crew = Crew(target, processes, ["--json"] if as_json else [], partial(tell, as_json))
     return asyncio.run(crew.run())
 
 
@@ -262,12 +237,8 @@ def _run_as_one_of_several(target: str, process: int, as_json: bool) -> None:
         raise
 
 
-def _tell(as_json: bool, event: str, words: str, **facts: Any) -> None:
-    if as_json:
-        document = {"event": event, "at": _now().isoformat(timespec="microseconds"), **facts}
-        _print_raw(documents.to_json(document, indent=None))
-    else:
-        _print_line(words)
+for changing in changes.COMMANDS:
+    app.add_command(changing)
 
 
 # -- reading options -------------------------------------------------------------------------------
@@ -299,63 +270,30 @@ def _read_value(text: str) -> Any:
 # -- printing --------------------------------------------------------------------------------------
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-def _print_line(text: str) -> None:
-    """A line that only the terminal itself breaks, so that commands and paths can be copied."""
-    _print_raw(printable(text))
-
-
-def _print_raw(text: str, screen: Screen | None = None) -> None:
-    click.echo(text, color=screen is not None and screen.has_color)
-    sys.stdout.flush()
-
-
-def _print_json(document: Any) -> None:
-    _print_raw(documents.to_json(document))
-
-
 def _print_page(page: InstancePage, again: list[str]) -> None:
     if not page.instances:
         is_filtered = {"--workflow", "--status", "--id", "--input"} & {*again}
-        _print_line("no instances match" if is_filtered else "no instances")
+        print_line("no instances match" if is_filtered else "no instances")
         return
     screen = Screen.of(sys.stdout)
-    lines = [instance_table(page.instances, screen, _now())]
+    lines = [instance_table(page.instances, screen, now())]
     if page.next_page_token is not None:
         next_page = printable(command(*again, "--page-token", page.next_page_token))
         lines += ["", screen.paint("There are more:", "dim"), next_page]
-    _print_raw("\n".join(lines), screen)
+    print_raw("\n".join(lines), screen)
 
 
 def _print_instance(instance: Instance, database: str) -> None:
     screen = Screen.of(sys.stdout)
-    lines = [instance_details(instance, screen, _now()), "", screen.paint("next", "bold")]
+    lines = [instance_details(instance, screen, now()), "", screen.paint("next", "bold")]
     # Broken by the terminal alone, so that commands can be copied.
     lines += [f"  {printable(step)}" for step in next_steps(instance, database)]
-    _print_raw("\n".join(lines), screen)
+    print_raw("\n".join(lines), screen)
 
 
 def _print_history(instance: Instance, run: int, events: list[HistoryEvent]) -> None:
     screen = Screen.of(sys.stdout)
     title = screen.paint(screen.show(printable(instance.instance_id)), "bold")
     facts = screen.show(f"  {printable(instance.workflow_name)}, run {run}, {instance.status}")
-    body = history_table(events, screen, _now()) if events else "nothing is recorded yet"
-    _print_raw(f"{title}{facts}\n\n{body}", screen)
-
-
-@contextmanager
-def _errors_shown(as_json: bool) -> Iterator[None]:
-    """Errors that people can mend, in a line on stderr or as JSON on stdout; the exit code is 1."""
-    try:
-        yield
-    except RomancyError as error:
-        if as_json:
-            _print_json(documents.of_error(error))
-        else:
-            screen = Screen.of(sys.stderr)
-            message = screen.show(f"error: {printable(str(error))}")
-            click.echo(screen.paint(message, "red"), err=True, color=screen.has_color)
-        raise click.exceptions.Exit(1) from None
+    body = history_table(events, screen, now()) if events else "nothing is recorded yet"
+    print_raw(f"{title}{facts}\n\n{body}", screen)

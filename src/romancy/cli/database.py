@@ -18,6 +18,7 @@ from romancy.errors import DatabaseUnavailableError, InstanceNotFoundError
 from romancy.storage.address import Address, SqliteAddress, parse_address
 
 if TYPE_CHECKING:
+    from romancy.app import App
     from romancy.model import Instance
     from romancy.storage.queries import Queries
     from romancy.storage.store import Store
@@ -84,21 +85,18 @@ async def read_instance(queries: Queries, instance_id: str, database: str) -> In
     return instance
 
 
-async def resume(database: str, instance_id: str) -> Instance:
-    """Let a suspended instance go on; returns it as it is then.
+@asynccontextmanager
+async def open_app(database: str) -> AsyncIterator[tuple[App, Queries]]:
+    """An app that runs nothing, to change what is there; nothing is created or registered.
 
     Raises:
-        InstanceNotFoundError: there is none with this id.
-        InstanceStateError: it is not suspended.
         DatabaseError: there is no such database, or its tables are missing or of another version.
     """
-    from romancy.app import App  # noqa: PLC0415
-
     async with open_queries(database) as queries:
-        await read_instance(queries, instance_id, database)
+        from romancy.app import App  # noqa: PLC0415
+
         async with App(database, worker=False, auto_migrate=False) as app:
-            await app.resume(instance_id)
-        return await read_instance(queries, instance_id, database)
+            yield app, queries
 
 
 def migrate(database: str) -> Migration:

@@ -37,7 +37,8 @@ def next_steps(instance: Instance, database: str) -> Iterator[str]:
             yield "Mend the cause of the error, then let it go on from its history:"
             yield command("resume", instance.instance_id, "--database", database)
         case Status.FAILED:
-            yield "A failed instance stays failed: mend the cause, and start another under a new id."
+            yield "Mend the cause of the error, then let it go on from what failed:"
+            yield command("retry", instance.instance_id, "--database", database)
         case Status.PENDING:
             yield f"It waits for a worker that has the workflow {instance.workflow_name}:"
             yield command("worker", "module:app")
