@@ -7,7 +7,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +216,45 @@ def test_an_option_that_makes_no_sense(run: Run, folder: Path) -> None:
 def test_the_crew_needs_what_windows_lacks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "win32")
     assert "needs Linux or macOS" in failure(run, "worker", "crew_shop:app", "--processes", "2")
+
+
+def test_a_database_in_memory_cannot_be_shared(folder: Path) -> None:
+    with crew(folder, 2, ":memory:") as process:
+        code, _, err = end(process)
+    assert code == 1
+    assert err == "error: 'crew_shop:app' has its database in memory, of each process its own: name a file\n"
+
+
+def test_the_number_of_a_process_is_not_for_people(folder: Path) -> None:
+    with worker(folder, "crew_shop:app", "--process", "1") as process:
+        assert end(process) == (1, [], "error: --process is for what --processes starts: use that\n")
+
+
+# -- the line between a process and its parent -------------------------------------------------------
+
+
+def child(folder: Path, code: str) -> tuple[subprocess.Popen[str], socket.socket]:
+    mine, its = socket.socketpair()
+    lines = ["import sys, time", "from romancy.cli.lifeline import Lifeline", "line = Lifeline.of_stdin()", code]
+    with its:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(lines)], cwd=folder, stdin=its, stdout=subprocess.PIPE, text=True
+        )
+    return process, mine
+
+
+def test_a_process_whose_loop_is_blocked_does_not_outlive_its_parent_for_long(folder: Path) -> None:
+    code = "line.when_cut(lambda: print('asked', flush=True), 0.1)\nline.tell('started', 7)\ntime.sleep(600)"
+    process, mine = child(folder, code)
+    with process, mine:
+        assert mine.recv(100) == b'{"message": "started", "stop_s": 7}\n'
+        mine.close()
+        assert end(process) == (1, ["asked"], None)
+
+
+def test_a_process_that_has_not_begun_ends_with_its_parent(folder: Path) -> None:
+    process, mine = child(folder, "print(repr(sys.stdin.read()), flush=True)\ntime.sleep(600)")
+    with process, mine:
+        assert line(process) == "''"
+        mine.close()
+        assert end(process) == (0, [], None)

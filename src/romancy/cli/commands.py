@@ -25,6 +25,7 @@ from romancy.cli.tables import history_table, instance_table
 from romancy.cli.text import command, printable
 from romancy.errors import ConfigurationError, InstanceNotFoundError, RomancyError
 from romancy.model import HistoryEvent, Instance, InstancePage, Status
+from romancy.storage.address import SqliteAddress
 
 if TYPE_CHECKING:
     from romancy.app import App
@@ -230,6 +231,8 @@ def _run_as_one_of_several(target: str, process: int, as_json: bool) -> None:
     lifeline = Lifeline.of_stdin()
     try:
         found = worker.load_app(target)
+        if isinstance(found.address, SqliteAddress) and found.address.is_memory:
+            raise ConfigurationError(f"{target!r} has its database in memory, of each process its own: name a file")
         worker.number_process(found, process)
         _run_app(found, as_json, process, lifeline)
     except RomancyError:

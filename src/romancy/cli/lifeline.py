@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal
 
+from romancy.errors import ConfigurationError
+
 Message = Literal["started", "failed"]
 
 
@@ -29,8 +31,15 @@ class Lifeline:
 
     @classmethod
     def of_stdin(cls) -> Lifeline:
-        """The one that the parent handed on as standard input, which is empty from then on."""
-        end = socket.socket(fileno=os.dup(0))
+        """The one that the parent handed on as standard input, which is empty from then on.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        try:
+            end = socket.socket(fileno=os.dup(0))
+        except OSError as error:
+            raise ConfigurationError("--process is for what --processes starts: use that") from error
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
