@@ -17,7 +17,7 @@ import pytest
 
 from romancy import App, ConfigurationError, WorkflowContext, workflow
 from romancy.cli import crew as cli_crew
-from romancy.cli.crew import Crew
+from romancy.cli.crew import Crew, restart_delay_s
 from romancy.testing import isolated_catalogue
 from tests.cli.conftest import Run
 from tests.cli.test_errors import failure
@@ -195,6 +195,10 @@ def test_processes_that_die_at_once_again_and_again_are_given_up(folder: Path, m
     with pytest.raises(ConfigurationError, match="process 1 5 times in a row, at last with exit code 7"):
         run_crew(folder, source, monkeypatch)
     assert (folder / "starts").read_text() == "x" * cli_crew.MOST_EARLY_ENDS
+
+
+def test_restarts_wait_longer_and_longer_up_to_half_a_minute() -> None:
+    assert [restart_delay_s(early_ends) for early_ends in (0, 1, 2, 5, 10, 10_000)] == [0.5, 0.5, 1, 8, 30, 30]
 
 
 def test_a_process_that_does_not_stop_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,12 @@ class Tell(Protocol):
     def __call__(self, event: str, words: str, **facts: Any) -> None: ...
 
 
+def restart_delay_s(early_ends: int) -> float:
+    """How long to wait before the next start, after so many early ends in a row: twice as long each time."""
+    doublings = min(max(early_ends - 1, 0), 16)
+    return min(FIRST_RESTART_S * 2.0**doublings, LONGEST_RESTART_S)
+
+
 class Member:
     """One worker process, as its parent sees it.
 
@@ -162,7 +168,7 @@ class Crew:
                     f"worker processes end as soon as they start, process {number} {early_ends} times in a row, at "
                     f"last {_how(member)}: mend what they tell above, then start again"
                 )
-            delay_s = min(FIRST_RESTART_S * 2 ** max(early_ends - 1, 0), LONGEST_RESTART_S)
+            delay_s = restart_delay_s(early_ends)
             words = f"process {number} ended {_how(member)}; another one starts in {delay_s:g} s"
             self._tell(
                 "process_ended", words, process=number, pid=member.process.pid,
