@@ -30,6 +30,10 @@ ADDRESSES = {
     "postgresql": ("ROMANCY_TEST_POSTGRESQL_URL", "postgresql://postgres@127.0.0.1:5432/postgres"),
     "mysql": ("ROMANCY_TEST_MYSQL_URL", "mysql://root@127.0.0.1:3306/"),
 }
+TABLES = {
+    "postgresql": "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()",
+    "mysql": "SHOW TABLES",
+}
 NAMES = {"postgresql": "PostgreSQL", "mysql": "MySQL or MariaDB"}
 
 
@@ -46,7 +50,7 @@ def database_of(app: App) -> Database:
 
 def rows(database: Database, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """What the database holds, read by the plain driver; parameters stand as ``?``."""
-    with closing(connect(database)) as connection:
+    with _connection(database) as connection:
         cursor = connection.cursor()
         cursor.execute(_marked(database, sql), parameters)
         return [tuple(row) for row in cursor.fetchall()]
@@ -54,9 +58,47 @@ def rows(database: Database, sql: str, *parameters: Any) -> list[tuple[Any, ...]
 
 def execute(database: Database, sql: str, *parameters: Any) -> None:
     """Change the database behind Romancy's back."""
-    with closing(connect(database)) as connection:
+    with _connection(database) as connection:
         connection.cursor().execute(_marked(database, sql), parameters)
         connection.commit()
+
+
+_kept: dict[str, Any] = {}
+"""Idle connections to servers: a new one is more work for the server than all that most tests do with it."""
+
+
+@contextmanager
+def _connection(database: Database) -> Iterator[Any]:
+    if isinstance(database, Path):
+        with closing(connect(database)) as connection:
+            yield connection
+        return
+    connection = _kept.pop(database, None)
+    if connection is None or not _is_alive(connection):
+        connection = connect(database)
+        _commit_at_once(connection)
+    try:
+        yield connection
+    except BaseException:
+        connection.close()
+        raise
+    if _kept.setdefault(database, connection) is not connection:
+        connection.close()
+
+
+def _commit_at_once(connection: Any) -> None:
+    if isinstance(connection, psycopg.Connection):
+        connection.autocommit = True
+    else:
+        connection.autocommit(True)
+
+
+def _is_alive(connection: Any) -> bool:
+    try:
+        connection.cursor().execute("SELECT 1")
+    except (psycopg.Error, pymysql.Error):
+        return False
+    return True
 
 
 def connect(database: Database) -> Any:
@@ -89,21 +131,25 @@ def server_database(kind: str) -> Iterator[str]:
     try:
         yield found.set(database=name).render_as_string(hide_password=False)
     finally:
+        for url in [url for url in _kept if make_url(url).database == name]:
+            _kept.pop(url).close()
         force = " WITH (FORCE)" if kind == "postgresql" else ""
         _administer(found, f"DROP DATABASE {name}{force}")
 
 
 def clean(database: str) -> None:
     """Empty Romancy's tables and drop the test's own."""
-    schema = "current_schema()" if kind_of(database) == "postgresql" else "DATABASE()"
-    with closing(connect(database)) as connection:
+    with _connection(database) as connection:
         cursor = connection.cursor()
-        cursor.execute(f"SELECT table_name FROM information_schema.tables WHERE table_schema = {schema}")
-        for (name,) in cursor.fetchall():
-            if name in ("romancy_schema_version", "romancy_slots"):
-                continue
-            cursor.execute(f"DELETE FROM {name}" if name.startswith("romancy_") else f"DROP TABLE {name}")
-        connection.commit()
+        cursor.execute(TABLES[kind_of(database)])
+        names = {name for (name,) in cursor.fetchall()}
+        own = {name for name in names if name.startswith("romancy_")}
+        cursor.execute("BEGIN")
+        for name in sorted(own - {"romancy_schema_version", "romancy_slots"}):
+            cursor.execute(f"DELETE FROM {name}")
+        cursor.execute("COMMIT")
+        for name in names - own:
+            cursor.execute(f"DROP TABLE {name}")
 
 
 def server(kind: str) -> URL:
@@ -124,6 +170,5 @@ def server(kind: str) -> URL:
 
 def _administer(url: URL, sql: str) -> None:
     with closing(connect(url.render_as_string(hide_password=False))) as connection:
-        if url.get_backend_name() == "postgresql":
-            connection.autocommit = True
+        _commit_at_once(connection)
         connection.cursor().execute(sql)

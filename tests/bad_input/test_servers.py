@@ -15,6 +15,7 @@ from romancy.storage.mysql import MysqlLink, MysqlStore
 from romancy.storage.postgresql import PostgresqlStore
 from romancy.storage.threads import Link
 from tests.databases import execute, rows, server_database
+from tests.ten_workers import start_ten_workers_at_once
 
 
 class Answering:
@@ -117,21 +118,10 @@ async def test_missing_tables_without_migration(url: str) -> None:
 
 
 def test_ten_processes_that_start_at_once_migrate_once_and_all_work(url: str) -> None:
-    program = (
-        "import asyncio, sys\n"
-        "from romancy import App\n"
-        "async def main():\n"
-        "    async with App(sys.argv[1]):\n"
-        "        pass\n"
-        "asyncio.run(main())\n"
-    )
     with server_database(make_url(url).get_backend_name()) as fresh:
-        command = [sys.executable, "-c", program, fresh]
-        processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(10)]
-        errors = [process.communicate(timeout=50)[1] for process in processes]
-        assert errors == [""] * 10
-        assert [process.returncode for process in processes] == [0] * 10
+        start_ten_workers_at_once(fresh)
         assert rows(fresh, "SELECT count(*) FROM romancy_schema_version") == [(1,)]
+        assert rows(fresh, "SELECT count(*) FROM romancy_instances WHERE status = 'completed'") == [(10,)]
 
 
 @pytest.mark.parametrize(

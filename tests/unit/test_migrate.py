@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from romancy import App, SchemaError, WorkflowContext, workflow
 from romancy.errors import DatabaseError
 from romancy.storage.migrate import ensure_schema, schema_version, upgrade
 from romancy.storage.schema import SCHEMA_VERSION, VERSION_TABLE, instances, metadata
+from tests.ten_workers import start_ten_workers_at_once
 
 
 def _connect(path: Path) -> Callable[[], sqlite3.Connection]:
@@ -120,40 +119,9 @@ def test_threads_that_start_at_once_migrate_once(tmp_path: Path) -> None:
     assert outcomes.count(SCHEMA_VERSION) == 9, outcomes
 
 
-TEN_WORKERS = """
-import asyncio, os, sys, traceback
-from romancy import App, workflow
-@workflow
-async def flow(ctx, number: int) -> int:
-    return number + 1
-async def main():
-    async with App(sys.argv[1]) as app:
-        handle = await app.start_workflow(flow, 1)
-        assert await handle.result(timeout=20) == 2
-wait, go = os.pipe()
-children = []
-for _ in range(10):
-    child = os.fork()
-    if not child:
-        os.close(go)
-        os.read(wait, 1)
-        try:
-            asyncio.run(main())
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-os.close(go)
-print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-"""
-
-
 def test_ten_processes_that_start_at_once_migrate_once_and_all_work(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
-    command = [sys.executable, "-c", TEN_WORKERS, str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert ended.stdout.strip() == str([0] * 10), ended.stderr
+    start_ten_workers_at_once(path)
     connection = sqlite3.connect(path)
     found = connection.execute(f"SELECT count(*), max(version_num) FROM {VERSION_TABLE}").fetchone()
     assert found == (1, SCHEMA_VERSION)
