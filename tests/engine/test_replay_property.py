@@ -236,7 +236,7 @@ async def step_to_next_deadline(app: App, clock: VirtualClock) -> None:
 crash_points = st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["before", "after"])), min_size=1, max_size=3)
 
 
-EXAMPLES = int(os.environ.get("ROMANCY_EXAMPLES", "48"))
+EXAMPLES = int(os.environ.get("ROMANCY_EXAMPLES", "80"))
 """On SQLite; an eighth of them on each server, for what is shown here is the engine's."""
 
 Crashes = list[tuple[int, Literal["before", "after"]]]
