@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -157,3 +159,12 @@ def test_every_error_is_public_and_under_one_root(name: str) -> None:
 )
 def test_error_is_also_what_python_calls_it(kind: type[Exception], also: type[Exception]) -> None:
     assert issubclass(kind, also)
+
+
+def test_app_loads_no_dialect_of_a_server() -> None:
+    """They take a sixth of the time in which a process starts."""
+    program = "import sys, romancy\nromancy.App\nprint([name for name in sys.modules if '.dialects.' in name])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=True)
+    assert "sqlalchemy.dialects.sqlite.base" in done.stdout
+    assert "mysql" not in done.stdout
+    assert "postgresql" not in done.stdout

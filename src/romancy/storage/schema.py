@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, String, Table
+from sqlalchemy import BigInteger, Column, Connection, Index, Integer, MetaData, String, Table, event
 from sqlalchemy import Text as AnyText
-from sqlalchemy.dialects.mysql import LONGTEXT
 
 metadata = MetaData()
 
-Text = AnyText().with_variant(LONGTEXT(), "mysql", "mariadb")
+# On MySQL the least length that makes it a LONGTEXT.
+Text = AnyText().with_variant(AnyText(1 << 24), "mysql", "mariadb")
 
 # Texts are equal if their characters are, and sort by these: on MySQL by a collation without padding.
-TABLE: dict[str, Any] = {
+OPTIONS = {
     "mysql_engine": "InnoDB",
     "mariadb_engine": "InnoDB",
     "mysql_default_charset": "utf8mb4",
@@ -56,16 +56,14 @@ instances = Table(
     Column("parent_id", name_type(200)),
     Column("patches", Text),
     Column("seed", name_type(220)),
-    **TABLE,
 )
 
 Index("romancy_instances_created", instances.c.created_at, instances.c.instance_id)
-Index(
+_active = Index(
     "romancy_instances_active",
     instances.c.owner,
     instances.c.ready_at,
     sqlite_where=instances.c.completed_at.is_(None),
-    postgresql_where=instances.c.completed_at.is_(None),
 )
 
 history = Table(
@@ -85,7 +83,6 @@ history = Table(
     Column("result", Text),
     Column("error", Text),
     sqlite_with_rowid=False,
-    **TABLE,
 )
 
 workers = Table(
@@ -99,7 +96,6 @@ workers = Table(
     Column("process_started", BigInteger, nullable=False),
     Column("started_at", BigInteger, nullable=False),
     Column("lease_until", BigInteger, nullable=False),
-    **TABLE,
 )
 
 # -- what is sent to instances: events, messages, outcomes of children, requests ---------------------
@@ -117,7 +113,6 @@ waits = Table(
     Column("name", name_type(200), nullable=False),
     Column("subject", name_type(200), nullable=False),
     Column("since", BigInteger, nullable=False),
-    **TABLE,
 )
 Index("romancy_waits_topic", waits.c.kind, waits.c.name, waits.c.subject, waits.c.instance_id)
 
@@ -131,7 +126,6 @@ mail = Table(
     Column("subject", name_type(200), nullable=False),
     Column("body", Text, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
-    **TABLE,
 )
 Index("romancy_mail_subject", mail.c.to_id, mail.c.kind, mail.c.name, mail.c.subject, mail.c.mail_id)
 Index("romancy_mail_name", mail.c.to_id, mail.c.kind, mail.c.name, mail.c.mail_id)
@@ -150,7 +144,6 @@ deliveries = Table(
     Column("subject", name_type(200), nullable=False),
     Column("body", Text, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
-    **TABLE,
 )
 
 channels = Table(
@@ -158,7 +151,6 @@ channels = Table(
     metadata,
     Column("name", name_type(200), primary_key=True),
     Column("mode", name_type(12), nullable=False),
-    **TABLE,
 )
 
 subscriptions = Table(
@@ -166,7 +158,6 @@ subscriptions = Table(
     metadata,
     Column("channel", name_type(200), primary_key=True),
     Column("instance_id", name_type(200), primary_key=True),
-    **TABLE,
 )
 Index("romancy_subscriptions_instance", subscriptions.c.instance_id)
 
@@ -176,14 +167,23 @@ seen = Table(
     Column("digest", name_type(64), primary_key=True),
     Column("mail_id", name_type(36), nullable=False),
     Column("expires_at", BigInteger, nullable=False),
-    **TABLE,
 )
 Index("romancy_seen_expires", seen.c.expires_at)
 
-slots = Table("romancy_slots", metadata, Column("slot", Integer, primary_key=True, autoincrement=False), **TABLE)
+slots = Table("romancy_slots", metadata, Column("slot", Integer, primary_key=True, autoincrement=False))
 
 SLOTS = 64
 """Rows of that table, on servers; whoever lets waits and mail meet locks the slot of their topic."""
 
 SCHEMA_VERSION = "0002"
 VERSION_TABLE = "romancy_schema_version"
+
+
+@event.listens_for(metadata, "before_create")
+def _give_options(_metadata: MetaData, connection: Connection, **_: Any) -> None:
+    """What only one kind of server is told; each option makes SQLAlchemy load that server's dialect, so not earlier."""
+    kind = connection.dialect.name
+    for table in metadata.tables.values():
+        table.dialect_kwargs.update({name: value for name, value in OPTIONS.items() if name.startswith(f"{kind}_")})
+    if kind == "postgresql":
+        _active.dialect_kwargs["postgresql_where"] = instances.c.completed_at.is_(None)
