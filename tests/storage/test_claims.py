@@ -12,7 +12,7 @@ from romancy.errors import FencedError
 from romancy.storage.address import parse_address
 from romancy.storage.batch import Batch, Party
 from romancy.storage.failures import NotOwnedError
-from romancy.storage.rows import StartRow, StateRow, WorkerRow
+from romancy.storage.rows import HistoryRow, StartRow, StateRow, WorkerRow
 from romancy.storage.store import Store
 from romancy.storage.stores import make_store
 from romancy.storage.writer import Recorder
@@ -41,15 +41,22 @@ def flush(
     *,
     starts: Sequence[StartRow] = (),
     state: StateRow | None = None,
+    event: HistoryRow | None = None,
     renew_until: int | None = None,
 ) -> Batch:
     batch = Batch(1)
     party = Party(Recorder())
     party.starts, party.state = list(starts), state
+    if event is not None:
+        party.history = [event]
     batch.waiting.append(party)
     batch.row_count = 1
     store.flush(batch, worker_id, renew_until).result()
     return batch
+
+
+def event(result: str) -> HistoryRow:
+    return HistoryRow("it", 1, 1, "ActivityCompleted", "a:1", "a", 1, 1, 0, None, "{}", result, None)
 
 
 def pending(name: str, owner: str | None = None) -> StartRow:
@@ -94,6 +101,16 @@ def test_two_workers_that_claim_at_once_share_what_there_is(stores: list[Store])
             for taken in threads.map(claim, range(2)):
                 claimed += [row.instance_id for row in taken]
     assert len(claimed) == len(set(claimed))
+
+
+def test_event_that_is_there_already_is_refused_and_the_first_one_stays(
+    stores: list[Store], any_database: Database
+) -> None:
+    """A duplicate means that somebody else owns the instance: it must never be passed over in silence."""
+    flush(stores[0], None, starts=[pending("it", "me-0")])
+    assert flush(stores[0], "me-0", event=event("first")).refused == []
+    assert len(flush(stores[1], "me-1", event=event("second")).refused) == 1
+    assert rows(any_database, "SELECT result FROM romancy_history") == [("first",)]
 
 
 def test_state_of_what_is_anothers_is_refused(stores: list[Store], any_database: Database) -> None:

@@ -44,7 +44,7 @@ MUTANTS = (
         "storage/store.py",
         """        self._history = ManyRows(insert_into(history, HistoryRow._fields),""",
         """        self._history = ManyRows(insert_into(history, HistoryRow._fields).replace("INSERT", "INSERT OR IGNORE"),""",
-        (f"{WORKERS}::test_history_written_by_another_owner_stops_only_that_instance[sqlite]",),
+        (f"{CLAIMS}::test_event_that_is_there_already_is_refused_and_the_first_one_stays[sqlite]",),
     ),
     Mutant(
         "a wait does not look for what has come before it",
