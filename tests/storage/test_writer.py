@@ -335,17 +335,24 @@ async def test_no_activity_starts_before_the_outcome_before_it_is_durable(
 async def test_result_is_not_given_out_before_the_end_is_durable(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @workflow
-    async def flow(ctx: WorkflowContext) -> str:
+    go = asyncio.Event()
+
+    @activity
+    async def work() -> str:
+        await go.wait()
         return "end"
 
+    @workflow
+    async def flow(ctx: WorkflowContext) -> str:
+        return await work()
+
     async with App(database) as app:
+        handle = await app.start_workflow(flow)
+        # Somebody waits already when the end comes.
+        result = asyncio.ensure_future(handle.result(RESULT_TIMEOUT_S))
+        await turns()
         held, open_all = held_flushes(monkeypatch)
-        starting = asyncio.ensure_future(app.start_workflow(flow))
-        while not held:
-            await asyncio.sleep(0)
-        held.pop(0)()
-        result = asyncio.ensure_future((await starting).result(RESULT_TIMEOUT_S))
+        go.set()
         while not held:
             await asyncio.sleep(0)
         await turns(20)

@@ -102,7 +102,7 @@ MUTANTS = (
         """        self.insert(deliveries.name, Delivery._fields, met)
         self.post.deliveries += met""",
         """        self.post.deliveries += met""",
-        (DESK + "::test_desk_does_what_the_model_says[sqlite]",),
+        (f"{EVENTS}::test_waiting_instance_goes_on_after_a_restart[sqlite]",),
     ),
     Mutant(
         "a delivery is removed when it is read, before it is recorded",
