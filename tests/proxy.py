@@ -29,6 +29,7 @@ class Proxy:
         self._containing = b""
         self._is_away = False
         self._open: set[socket.socket] = set()
+        self._stalled: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_at(self, request: int, when: When, containing: bytes = b"") -> None:
@@ -55,6 +56,10 @@ class Proxy:
     def come_back(self) -> None:
         """Let connections through again."""
         self._is_away = False
+
+    def stall(self) -> None:
+        """Let all bytes vanish that come over the connections of now, which stay open."""
+        self._stalled |= self._open
 
     def close(self) -> None:
         """Break everything and listen no more."""
@@ -86,6 +91,8 @@ class Proxy:
     def _to_server(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 20):
+                if client in self._stalled:
+                    continue
                 when = self._verdict(data)
                 if when == "before":
                     break
@@ -102,6 +109,8 @@ class Proxy:
     def _to_client(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 20):
+                if server in self._stalled:
+                    continue
                 with contextlib.suppress(OSError):
                     client.sendall(data)
         _close(client)

@@ -25,7 +25,7 @@ ALWAYS = {"kill": 6, "stop": 3, "leave": 2, "kill-client": 1}
 ON_SERVERS = {"backend": 5, "cut": 5, "deaf": 2}
 ON_OWN_SERVERS = {"server": 1}
 OPTIONAL = {"stall": 2}
-"""Kinds of faults, and how often each comes in proportion."""
+"""Kinds of faults, and how often each comes in proportion; the optional ones only where they are asked for."""
 
 SHORTEST_GAP_S, LONGEST_GAP_S = 0.3, 1.8
 
@@ -49,7 +49,7 @@ def kinds_for(target: Target, wanted: frozenset[str] | None) -> dict[str, int]:
         able |= ON_SERVERS
         if target.server is not None:
             able |= ON_OWN_SERVERS
-        if wanted and hasattr(Proxy, "stall"):
+        if wanted is not None:
             able |= OPTIONAL
     return {kind: weight for kind, weight in able.items() if wanted is None or kind in wanted}
 
@@ -165,7 +165,7 @@ class Faults:
         """Let all connections of the proxy fall silent, for ever: what comes later goes through new ones."""
         proxy = self._target.proxy
         assert proxy is not None
-        proxy.stall()  # type: ignore[attr-defined]
+        proxy.stall()
 
     def _kill_the_server(self) -> None:
         server = self._target.server
