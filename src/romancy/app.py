@@ -133,7 +133,7 @@ class App:
         self.max_activities = _positive("max_activities", max_activities)
         self.activity_threads = _positive("activity_threads", activity_threads)
         self.stall_warning_s = as_seconds(stall_warning, "stall_warning")
-        self.event_retention_s = as_seconds(event_retention, "event_retention")
+        self.event_retention_us = round(as_seconds(event_retention, "event_retention") * 1_000_000)
         self._workflows = None if workflows is None else Catalogue.of(workflows)
         self._has_worker = worker
         self._auto_migrate = auto_migrate
@@ -624,7 +624,7 @@ class App:
             checked_name("key", key, may_be_empty=True), checked_time(time, now_us), extensions or {},
         )  # fmt: skip
         to_id = checked_name("instance_id", instance_id, may_be_empty=True)
-        expires_at = now_us + round(self.event_retention_s * 1_000_000)
+        expires_at = now_us + self.event_retention_us
         return await self._writer.post(event_mail(head, text, mail_id, to_id, expires_at, is_from_outside=True))
 
     async def publish(self, channel: str, data: Any = None, *, metadata: Mapping[str, Any] | None = None) -> None:

@@ -21,7 +21,7 @@ from romancy.failures import decode_error, decode_info
 from romancy.model import Event, HistoryKind, Message, Status, from_micros, to_micros
 from romancy.retry import Seconds, as_seconds
 from romancy.serde import check_size, load_json
-from romancy.storage.mail import CHILD, EVENT, KEPT_US, MESSAGE, Mail
+from romancy.storage.mail import CHILD, EVENT, MESSAGE, Mail
 from romancy.storage.posting import event_mail, message_mail
 from romancy.storage.sessions import ActivityTransaction, SessionEngines
 
@@ -46,6 +46,8 @@ class RunningWorkflow(Protocol):
     def is_replaying(self) -> bool: ...
     @property
     def seed(self) -> str: ...
+    @property
+    def event_retention_us(self) -> int: ...
     @property
     def mail(self) -> WorkflowMail: ...
     def workflow_time_us(self) -> int: ...
@@ -308,7 +310,7 @@ class WorkflowContext:
         def make() -> list[Mail]:
             mail_id, now_us = workflow.new_mail_id(), self._now_us()
             head = EventHead(name, source, mail_id, subject, now_us, extensions or {})
-            return [event_mail(head, text, mail_id, to_id, now_us + KEPT_US)]
+            return [event_mail(head, text, mail_id, to_id, now_us + workflow.event_retention_us)]
 
         await workflow.mail.send(HistoryKind.EVENT_SENT, name, text, make)
 
@@ -460,6 +462,8 @@ class ActivitySender(Protocol):
     @property
     def max_payload_bytes(self) -> int: ...
     @property
+    def event_retention_us(self) -> int: ...
+    @property
     def last_details(self) -> str | None: ...
     def new_mail_id(self) -> str: ...
     def now_us(self) -> int: ...
@@ -605,7 +609,7 @@ class ActivityContext:
         mail_id, now_us = self._sender.new_mail_id(), self._sender.now_us()
         source = f"romancy:{self.workflow_name}/{self.instance_id}"
         head = EventHead(name, source, mail_id, subject, now_us, extensions or {})
-        self._send(event_mail(head, text, mail_id, to_id, now_us + KEPT_US))
+        self._send(event_mail(head, text, mail_id, to_id, now_us + self._sender.event_retention_us))
 
     def publish(self, channel: str, data: Any = None, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Publish a message, as part of this activity's outcome: delivered on commit, dropped on rollback.

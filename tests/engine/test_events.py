@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from romancy import App, Event, EventTimeoutError, SerializationError, Status, WorkflowContext, activity, workflow
+from romancy import (
+    App,
+    Event,
+    EventTimeoutError,
+    SerializationError,
+    Status,
+    WorkflowContext,
+    activity,
+    current_activity,
+    workflow,
+)
 from romancy.testing import VirtualClock
 from tests.databases import Database, rows
 from tests.support import RESULT_TIMEOUT_S, CrashPlan, crash, wait_for_status
@@ -297,3 +307,35 @@ async def test_unserialisable_data_are_refused_at_the_call(database: Database) -
     async with App(database) as app:
         with pytest.raises(SerializationError, match="the data of an event of type object"):
             await app.send_event("paid", object())
+
+
+async def test_events_are_kept_as_long_as_the_app_says_whoever_sends_them(database: Database) -> None:
+    @activity
+    async def send() -> None:
+        current_activity().send_event("paid", "from an activity", key="a")
+
+    @workflow
+    async def sender(ctx: WorkflowContext) -> None:
+        await ctx.send_event("paid", "from a workflow", key="w")
+        await send()
+
+    @workflow
+    async def late(ctx: WorkflowContext, key: str) -> Any:
+        try:
+            return (await ctx.wait_event("paid", key=key, timeout=0)).data
+        except EventTimeoutError:
+            return "gone"
+
+    clock = VirtualClock(auto_advance=True)
+    async with App(database, clock=clock, event_retention=timedelta(hours=1)) as app:
+        await app.send_event("paid", "from outside", key="o")
+        await (await app.start_workflow(sender)).result(RESULT_TIMEOUT_S)
+        assert await (await app.start_workflow(late, "w")).result(RESULT_TIMEOUT_S) == "from a workflow"
+        await clock.advance(timedelta(minutes=59))
+        assert await (await app.start_workflow(late, "o")).result(RESULT_TIMEOUT_S) == "from outside"
+        await (await app.start_workflow(sender)).result(RESULT_TIMEOUT_S)
+        await clock.advance(timedelta(minutes=61))
+        for key in ("a", "w"):
+            assert await (await app.start_workflow(late, key)).result(RESULT_TIMEOUT_S) == "gone"
+        await asyncio.wrap_future(app._store.clear_expired(clock.now_us(), 1000))
+    assert left(database) == NOTHING

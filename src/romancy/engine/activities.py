@@ -52,6 +52,7 @@ class RunnerHost(Protocol):
     worker_id: str
     clock: Clock
     max_payload_bytes: int
+    event_retention_us: int
 
     def lease_deadline_us(self) -> int:
         """Until when a lease renewed now would hold."""
@@ -104,6 +105,10 @@ class ActivityRunner:
     @property
     def max_payload_bytes(self) -> int:
         return self._host.max_payload_bytes
+
+    @property
+    def event_retention_us(self) -> int:
+        return self._host.event_retention_us
 
     def new_mail_id(self) -> str:
         return self._host.new_mail_id()

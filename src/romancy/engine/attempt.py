@@ -24,6 +24,8 @@ class AttemptHost(Protocol):
 
     @property
     def max_payload_bytes(self) -> int: ...
+    @property
+    def event_retention_us(self) -> int: ...
     def new_mail_id(self) -> str: ...
     def now_us(self) -> int: ...
     def time_out(self, attempt: Attempt, error: ActivityTimeoutError) -> None:
@@ -86,6 +88,11 @@ class Attempt:
     def max_payload_bytes(self) -> int:
         """The largest payload that may be stored."""
         return self._host.max_payload_bytes
+
+    @property
+    def event_retention_us(self) -> int:
+        """How long an event is kept for somebody who waits for it."""
+        return self._host.event_retention_us
 
     def new_mail_id(self) -> str:
         """An id for something sent."""

@@ -90,6 +90,7 @@ class InstanceHost(MessagingHost, Protocol):
 
     worker_id: str
     max_payload_bytes: int
+    event_retention_us: int
     default_retry: RetryPolicy
 
     def start_activity(self, instance: LiveInstance, operation: ActivityOperation) -> None:
@@ -291,6 +292,11 @@ class LiveInstance(Recorder):
         if self._mail is None:
             self._mail = Messaging(self._host, self)
         return self._mail
+
+    @property
+    def event_retention_us(self) -> int:
+        """See :class:`romancy.context.RunningWorkflow`."""
+        return self._host.event_retention_us
 
     def new_mail_id(self) -> str:
         """See :class:`romancy.context.RunningWorkflow`."""

@@ -60,6 +60,7 @@ class WorkerSettings(Protocol):
     max_activities: int
     activity_threads: int
     max_payload_bytes: int
+    event_retention_us: int
     stall_warning_s: float
     default_retry: RetryPolicy
 
@@ -117,6 +118,7 @@ class Worker:
         self.clock = clock
         self.default_retry = settings.default_retry
         self.max_payload_bytes = settings.max_payload_bytes
+        self.event_retention_us = settings.event_retention_us
         self.timers = TimerQueue(clock)
         self._settings = settings
         self._store = store
