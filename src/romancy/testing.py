@@ -77,7 +77,9 @@ class VirtualClock:
 
         def move() -> None:
             # In a plain callback: workflow code must not run inside a task's step.
-            self._jump(self._now_us + round(as_seconds(seconds, "seconds") * 1_000_000))
+            to_us = self._now_us + round(as_seconds(seconds, "seconds") * 1_000_000)
+            self._jump(to_us)
+            self._now_us = max(self._now_us, to_us)
             moved.set_result(None)
 
         loop.call_soon(move)
@@ -96,8 +98,6 @@ class VirtualClock:
             if callback is not None:
                 self._now_us = max(self._now_us, deadline_us)
                 callback()
-        if not self._auto_advance:
-            self._now_us = max(self._now_us, to_us)
 
 
 @contextmanager
