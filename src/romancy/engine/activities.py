@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from romancy.clock import Clock
 from romancy.context import CURRENT_ACTIVITY, ActivityContext
-from romancy.engine.attempt import Attempt
+from romancy.engine.attempt import Attempt, SendingHost
 from romancy.engine.instance import LiveInstance, exhausted
 from romancy.engine.operations import ActivityOperation
 from romancy.errors import (
@@ -46,13 +45,10 @@ DATABASE_RETRY_WAIT_S = 0.1
 LONGEST_ENDING_S = 5.0
 
 
-class RunnerHost(Protocol):
+class RunnerHost(SendingHost, Protocol):
     """What the runner needs of its worker."""
 
     worker_id: str
-    clock: Clock
-    max_payload_bytes: int
-    event_retention_us: int
 
     def lease_deadline_us(self) -> int:
         """Until when a lease renewed now would hold."""
@@ -60,10 +56,6 @@ class RunnerHost(Protocol):
 
     def on_fenced(self, error: DatabaseError) -> None:
         """The worker has lost its lease."""
-        ...
-
-    def new_mail_id(self) -> str:
-        """An id for something sent."""
         ...
 
     def on_post(self, post: Post) -> None:
@@ -86,7 +78,7 @@ class ActivityRunner:
     """
 
     def __init__(self, host: RunnerHost, engines: SessionEngines, limit: int, threads: int) -> None:
-        self._host = host
+        self.host = host
         self._engines = engines
         self._limit = limit
         self.loop = asyncio.get_running_loop()
@@ -99,22 +91,6 @@ class ActivityRunner:
         self._threads = ThreadPoolExecutor(threads, "romancy-activity")
         # Commits of sessions must not wait in line behind threads that wait for the lock that they hold.
         self._commit_threads = ThreadPoolExecutor(2, "romancy-commit")
-
-    # -- what attempts need (see AttemptHost) ----------------------------------------------------------
-
-    @property
-    def max_payload_bytes(self) -> int:
-        return self._host.max_payload_bytes
-
-    @property
-    def event_retention_us(self) -> int:
-        return self._host.event_retention_us
-
-    def new_mail_id(self) -> str:
-        return self._host.new_mail_id()
-
-    def now_us(self) -> int:
-        return self._host.clock.now_us()
 
     # -- starting ----------------------------------------------------------------------------------
 
@@ -134,7 +110,7 @@ class ActivityRunner:
         activity = operation.activity
         arguments = operation.arguments
         if not operation.first_attempt_us:
-            operation.first_attempt_us = self._host.clock.now_us()
+            operation.first_attempt_us = self.host.clock.now_us()
         else:
             # The attempt before may have changed what it was given.
             arguments = activity.signature.copy_arguments(arguments)
@@ -186,7 +162,7 @@ class ActivityRunner:
             attempt.timeout = self.loop.call_later(timeout_s, self.time_out, attempt, error)
 
     def time_out(self, attempt: Attempt, error: ActivityTimeoutError) -> None:
-        """See :class:`romancy.engine.attempt.AttemptHost`."""
+        """See :class:`romancy.engine.attempt.Attempts`."""
         attempt.timed_out = error
         handle = attempt.handle
         if isinstance(handle, asyncio.Task):
@@ -270,9 +246,9 @@ class ActivityRunner:
         operation = attempt.operation
         try:
             text, value = operation.activity.signature.encode_result(result)
-            if len(text) * 4 > self._host.max_payload_bytes:
+            if len(text) * 4 > self.host.max_payload_bytes:
                 what = f"the result of activity {operation.activity.name!r}"
-                check_size(what, [text], self._host.max_payload_bytes)
+                check_size(what, [text], self.host.max_payload_bytes)
         except RomancyError as error:
             self._on_raised(attempt, error)
             return
@@ -306,7 +282,7 @@ class ActivityRunner:
         if isinstance(error, TerminalError | SerializationError):
             instance.on_failed(operation, error)
             return
-        elapsed_s = (self._host.clock.now_us() - operation.first_attempt_us) / 1_000_000
+        elapsed_s = (self.host.clock.now_us() - operation.first_attempt_us) / 1_000_000
         wait_s = instance.effective_retry(operation).next_wait(operation.attempt, elapsed_s, error, self._random)
         if wait_s is None:
             instance.on_failed(operation, exhausted(operation, error))
@@ -358,21 +334,21 @@ class ActivityRunner:
             if is_committed and attempt.context.outgoing:
                 # After an unsure commit, what has met is not known here: look.
                 post = transaction.post
-                callbacks.append(self._host.hint if post is None else partial(self._host.on_post, post))
+                callbacks.append(self.host.hint if post is None else partial(self.host.on_post, post))
             self.loop.call_soon(self._after_commit, instance, operation, is_committed, value, callbacks, done)
         await done
 
     async def _commit_outcome(self, attempt: Attempt, transaction: ActivityTransaction, row: HistoryRow) -> bool:
         """Commit the user's rows, the outcome and what was sent; returns whether they are there."""
         operation = attempt.operation
-        arguments = (self._host.worker_id, row, self._host.lease_deadline_us(), attempt.context.outgoing)
+        arguments = (self.host.worker_id, row, self.host.lease_deadline_us(), attempt.context.outgoing)
         try:
             if operation.activity.is_async:
                 await transaction.commit(*arguments)
             else:
                 await self._in_thread(transaction.commit_in_thread, *arguments)
         except FencedError as error:
-            self._host.on_fenced(error)
+            self.host.on_fenced(error)
         except HistoryConflictError as error:
             attempt.instance.on_refused(error)
         except IntegrityError as error:
@@ -402,9 +378,9 @@ class ActivityRunner:
         """Whether a commit whose connection was lost has taken place; asks until the database answers."""
         while not attempt.instance.is_gone:
             try:
-                return await asyncio.wrap_future(self._engines.store.find_event(self._host.worker_id, row))
+                return await asyncio.wrap_future(self._engines.store.find_event(self.host.worker_id, row))
             except FencedError as error:
-                self._host.on_fenced(error)
+                self.host.on_fenced(error)
             except DatabaseError as error:
                 logger.warning("whether activity %s was committed is not known yet: %s", attempt.operation.id, error)
                 await asyncio.sleep(DATABASE_RETRY_WAIT_S)

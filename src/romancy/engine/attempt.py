@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
+from romancy.clock import Clock
 from romancy.context import ActivityContext
 from romancy.engine.operations import ActivityOperation
 from romancy.errors import ActivityTimeoutError
@@ -17,17 +18,25 @@ RECORD_INTERVAL_S = 1.0
 """Progress is recorded at most this often, so that a loop may tell of each of its rounds."""
 
 
-class AttemptHost(Protocol):
+class SendingHost(Protocol):
+    """What an attempt needs of the worker, for what the activity sends."""
+
+    clock: Clock
+    max_payload_bytes: int
+    event_retention_us: int
+
+    def new_mail_id(self) -> str:
+        """An id for something sent."""
+        ...
+
+
+class Attempts(Protocol):
     """What an attempt needs of the runner."""
 
     loop: asyncio.AbstractEventLoop
 
     @property
-    def max_payload_bytes(self) -> int: ...
-    @property
-    def event_retention_us(self) -> int: ...
-    def new_mail_id(self) -> str: ...
-    def now_us(self) -> int: ...
+    def host(self) -> SendingHost: ...
     def time_out(self, attempt: Attempt, error: ActivityTimeoutError) -> None:
         """The attempt has taken too long, or has fallen silent."""
         ...
@@ -48,10 +57,10 @@ class Attempt:
     __slots__ = (
         "_beat_at",
         "_details",
-        "_host",
         "_is_noted",
         "_recorded_at",
         "_recording",
+        "_runner",
         "_watch",
         "context",
         "handle",
@@ -64,8 +73,8 @@ class Attempt:
         "timeout",
     )
 
-    def __init__(self, host: AttemptHost, instance: LiveInstance, operation: ActivityOperation) -> None:
-        self._host = host
+    def __init__(self, runner: Attempts, instance: LiveInstance, operation: ActivityOperation) -> None:
+        self._runner = runner
         self.instance = instance
         self.operation = operation
         self.context: ActivityContext
@@ -87,20 +96,20 @@ class Attempt:
     @property
     def max_payload_bytes(self) -> int:
         """The largest payload that may be stored."""
-        return self._host.max_payload_bytes
+        return self._runner.host.max_payload_bytes
 
     @property
     def event_retention_us(self) -> int:
         """How long an event is kept for somebody who waits for it."""
-        return self._host.event_retention_us
+        return self._runner.host.event_retention_us
 
     def new_mail_id(self) -> str:
         """An id for something sent."""
-        return self._host.new_mail_id()
+        return self._runner.host.new_mail_id()
 
     def now_us(self) -> int:
         """The time."""
-        return self._host.now_us()
+        return self._runner.host.clock.now_us()
 
     @property
     def last_details(self) -> str | None:
@@ -115,42 +124,42 @@ class Attempt:
         """
         if self.is_over:
             raise self.timed_out or ActivityTimeoutError(f"this attempt of activity {self.operation.id} is over")
-        self._beat_at = self._host.loop.time()
+        self._beat_at = self._runner.loop.time()
         self._details = details
         if not self._is_noted:
             self._is_noted = True
-            self._host.loop.call_soon_threadsafe(self._note)
+            self._runner.loop.call_soon_threadsafe(self._note)
 
     # -- watching and recording, on the loop -----------------------------------------------------------
 
     def watch(self) -> None:
         """Begin to expect heartbeats, if it has promised some."""
         if self.heartbeat_timeout_s is not None:
-            self._beat_at = self._host.loop.time()
-            self._watch = self._host.loop.call_later(self.heartbeat_timeout_s, self._look)
+            self._beat_at = self._runner.loop.time()
+            self._watch = self._runner.loop.call_later(self.heartbeat_timeout_s, self._look)
 
     def _look(self) -> None:
         limit_s = self.heartbeat_timeout_s
         assert limit_s is not None
-        left_s = self._beat_at + limit_s - self._host.loop.time()
+        left_s = self._beat_at + limit_s - self._runner.loop.time()
         if left_s > 0:
-            self._watch = self._host.loop.call_later(left_s, self._look)
+            self._watch = self._runner.loop.call_later(left_s, self._look)
             return
         message = (
             f"attempt {self.operation.attempt + 1} of activity {self.operation.id} gave no heartbeat for {limit_s} s"
         )
-        self._host.time_out(self, ActivityTimeoutError(message))
+        self._runner.time_out(self, ActivityTimeoutError(message))
 
     def _note(self) -> None:
-        wait_s = self._recorded_at + RECORD_INTERVAL_S - self._host.loop.time()
+        wait_s = self._recorded_at + RECORD_INTERVAL_S - self._runner.loop.time()
         if wait_s > 0:
-            self._recording = self._host.loop.call_later(wait_s, self._record)
+            self._recording = self._runner.loop.call_later(wait_s, self._record)
         else:
             self._record()
 
     def _record(self) -> None:
         self._is_noted = False
-        self._recorded_at = self._host.loop.time()
+        self._recorded_at = self._runner.loop.time()
         if self._details is not None and not self.is_over:
             self.instance.on_progress(self.operation, self._details)
 
