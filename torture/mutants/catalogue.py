@@ -133,7 +133,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay forgets the rest of a backoff",
-        "engine/instance.py",
+        "engine/replayed.py",
         "operation.due_us = event.due_at or 0",
         "operation.due_us = 0",
         (f"{RETRIES}::test_crash_during_backoff_neither_restarts_the_count_nor_forgets_the_wait[sqlite]",),
@@ -173,7 +173,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay forgets what is to be undone",
-        "engine/instance.py",
+        "engine/replayed.py",
         """            if operation.activity.compensate is not None:
                 self._add_undo(undo_of(operation, value))
             self._resolve(operation.future, value, None)

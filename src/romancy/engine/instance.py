@@ -9,46 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, Protocol
 
-from romancy.context import WorkflowContext
-from romancy.definitions import DEFAULT_OPTIONS, Activity, CallOptions, Workflow
-from romancy.engine.calls import CallIds, place_in_user_code
+from romancy.definitions import Workflow
 from romancy.engine.gate import Gate
-from romancy.engine.loop import ReadyCallback, TimerCallback, make_loop, start_task
-from romancy.engine.messaging import Messaging, MessagingHost
 from romancy.engine.operations import (
     ActivityOperation,
-    CodePlace,
     MailOperation,
-    Operation,
     RecurOperation,
     TimerOperation,
 )
-from romancy.engine.replay import Request, compare
-from romancy.engine.saga import Saga, Undo, undo_of
+from romancy.engine.replayed import ReplayedRun
+from romancy.engine.run import Ending, RunHost
+from romancy.engine.saga import undo_of
 from romancy.errors import (
     DatabaseError,
     ForbiddenInWorkflowError,
-    NonDeterminismError,
     RetryExhaustedError,
-    RomancyError,
-    SerializationError,
-    WorkflowCancelledError,
 )
 from romancy.failures import decode_error, encode_error
 from romancy.model import HistoryKind, Status
 from romancy.retry import RetryPolicy
-from romancy.serde import check_size, dump_plain, load_json
 from romancy.signature import Arguments
-from romancy.storage.again import seed_of
 from romancy.storage.failures import is_conflict
 from romancy.storage.mail import CHILD, EVENT, MESSAGE, NEVER_US, REQUEST, SUSPEND, Delivery, Mail, Receipt, Wait
 from romancy.storage.posting import outcome_mail
-from romancy.storage.rows import ClaimedRow, HistoryRow, PatchRow, ProgressRow, RunRow, StateRow, SupersededRow
-from romancy.storage.writer import Recorder
+from romancy.storage.rows import ClaimedRow, HistoryRow, ProgressRow, RunRow, StateRow
 
 logger = logging.getLogger("romancy.engine")
 
@@ -72,25 +60,10 @@ WAITING_FOR_MAIL = (
 )
 """What an instance's status says; where it waits for several things, the first of these."""
 
-LATEST_US = 253_402_300_799_000_000
-"""The last second of the year 9999, beyond which Python has no dates: later deadlines are taken for this one."""
 
-
-class Ending(NamedTuple):
-    """How a run ended: the status, the history kind if one is recorded, and the result or the error as text."""
-
-    status: Status
-    kind: HistoryKind | None
-    result: str | None
-    error: str | None
-
-
-class InstanceHost(MessagingHost, Protocol):
+class InstanceHost(RunHost, Protocol):
     """What an instance needs of its worker."""
 
-    worker_id: str
-    max_payload_bytes: int
-    event_retention_us: int
     default_retry: RetryPolicy
 
     def start_activity(self, instance: LiveInstance, operation: ActivityOperation) -> None:
@@ -118,7 +91,7 @@ class InstanceHost(MessagingHost, Protocol):
         ...
 
 
-class LiveInstance(Recorder):
+class LiveInstance(ReplayedRun):
     """A running instance in this worker's memory.
 
     Args:
@@ -131,198 +104,39 @@ class LiveInstance(Recorder):
 
     __slots__ = (
         "_blocked",
-        "_calls",
-        "_claims",
-        "_compares_inputs",
-        "_context",
         "_ending",
         "_gate",
         "_host",
-        "_is_asked",
-        "_is_cancel_asked",
-        "_is_compensating",
-        "_is_fresh",
         "_is_in_code",
         "_is_waiting_for_commit",
         "_is_wake_stale",
-        "_loop",
-        "_mail",
-        "_main",
-        "_open_activities",
-        "_open_timers",
         "_parent_id",
-        "_patches",
-        "_recorded_status",
         "_recorded_wake_us",
         "_requests",
-        "_saga",
-        "_seq",
-        "_strays",
         "_successor",
-        "_time_us",
-        "instance_id",
-        "is_gone",
-        "is_replaying",
         "is_waiting",
-        "run",
         "running_count",
-        "seed",
-        "workflow",
-        "workflow_name",
     )
 
     def __init__(
         self, host: InstanceHost, row: ClaimedRow, workflow: Workflow[..., Any], given: Arguments | None
     ) -> None:
-        super().__init__()
+        super().__init__(host, row, workflow, given)
         self._host = host
-        self.instance_id = row.instance_id
-        self.run = row.run
-        self.workflow_name = row.workflow_name
-        self.workflow = workflow
-        self.is_replaying = given is None
-        self.is_gone = False
         self.is_waiting = False
         self.running_count = 0
-        self._time_us = row.started_at
-        self._seq = 0
-        self._calls = CallIds(f"run {row.run} of instance {row.instance_id}")
-        self._mail: Messaging | None = None
-        self._saga: Saga | None = None
         self._ending: Ending | None = None
-        self._is_compensating = False
-        self._is_cancel_asked = False
         self._requests: list[Delivery] | None = None
         self._parent_id = row.parent_id
-        self._patches: dict[str, bool] = {} if row.patches is None else dict.fromkeys(load_json(row.patches), True)
-        self._is_fresh = row.is_fresh
-        self.seed = row.seed or seed_of(row.instance_id, row.run)
-        # A fork has another id than its history was recorded under, and may have passed it on.
-        self._compares_inputs = workflow.compare_inputs and row.seed is None
-        self._strays: list[int] | None = None
         self._successor: LiveInstance | None = None
-        self._open_activities: dict[str, ActivityOperation] = {}
-        self._open_timers: dict[str, TimerOperation] = {}
-        self._is_asked: list[Operation] = []
         self._blocked: list[tuple[int, ActivityOperation]] = []
         self._is_waiting_for_commit = False
         self._is_in_code = False
         self._gate: Gate | None = None
-        self._recorded_status = row.status
         self._recorded_wake_us = 0
         self._is_wake_stale = False
-        self._claims = row.claims
-        self._loop = make_loop(self, host.loop)
-        self._context = WorkflowContext(self)
-        args, kwargs = workflow.signature.decode_input(row.input) if given is None else (given.args, given.kwargs)
-        self._main = start_task(self._loop, workflow.fn(self._context, *args, **kwargs), workflow.name)
-
-    # -- what the workflow's code reaches ----------------------------------------------------------
-
-    def workflow_time_us(self) -> int:
-        """The time of the last delivered event."""
-        return self._time_us
-
-    def call_activity(
-        self,
-        activity: Activity[..., Any],
-        options: CallOptions,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Coroutine[Any, Any, Any]:
-        """See :class:`romancy.definitions.WorkflowHost`.
-
-        The id is given here, at the call, and not when the coroutine begins: ``asyncio.as_completed`` begins
-        coroutines in an order that differs from run to run.
-        """
-        if self._loop.is_closed():
-            raise GeneratorExit
-        place = place_in_user_code(2) if self.is_replaying else None
-        return self._await_activity(self._operation(activity, options, args, kwargs, place))
-
-    def _operation(
-        self,
-        activity: Activity[..., Any],
-        options: CallOptions,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        place: CodePlace | None,
-    ) -> ActivityOperation:
-        arguments = activity.signature.encode_arguments(args, kwargs)
-        if len(arguments.text) * 4 > self._host.max_payload_bytes:
-            check_size(f"the input of activity {activity.name!r}", [arguments.text], self._host.max_payload_bytes)
-        calls = self._calls
-        operation_id = calls.next(activity.name) if options.id is None else calls.explicit(options.id)
-        return ActivityOperation(operation_id, calls.position, place, activity, options, arguments)
-
-    async def _await_activity(self, operation: ActivityOperation) -> Any:
-        if self._loop.is_closed():
-            raise GeneratorExit
-        operation.future = asyncio.Future(loop=self._loop)
-        self._open_activities[operation.id] = operation
-        self._is_asked.append(operation)
-        try:
-            return await operation.future
-        except asyncio.CancelledError:
-            self._abandon(operation)
-            raise
-
-    def add_timer(self, deadline_us: int, callback: ReadyCallback) -> TimerCallback:
-        """See :class:`romancy.engine.loop.LoopHost`."""
-        if self._loop.is_closed():
-            raise GeneratorExit
-        place = place_in_user_code(3) if self.is_replaying else None
-        deadline_us = min(deadline_us, LATEST_US)
-        operation = TimerOperation(self._calls.next("timer"), self._calls.position, place, deadline_us)
-        operation.callback = TimerCallback(self, deadline_us, callback, operation)
-        self._open_timers[operation.id] = operation
-        self._is_asked.append(operation)
-        return operation.callback
-
-    def cancel_timer(self, timer: TimerCallback) -> None:
-        """See :class:`romancy.engine.loop.LoopHost`."""
-        operation: TimerOperation = timer.operation
-        self._open_timers.pop(operation.id, None)
-        if operation.deadline is not None:
-            operation.deadline.cancel()
-
-    @property
-    def mail(self) -> Messaging:
-        """What the instance sends and waits for."""
-        if self._mail is None:
-            self._mail = Messaging(self._host, self)
-        return self._mail
-
-    @property
-    def event_retention_us(self) -> int:
-        """See :class:`romancy.context.RunningWorkflow`."""
-        return self._host.event_retention_us
-
-    def new_mail_id(self) -> str:
-        """See :class:`romancy.context.RunningWorkflow`."""
-        return self._host.new_mail_id()
-
-    def check_payload(self, what: str, text: str) -> None:
-        """See :class:`romancy.context.RunningWorkflow`."""
-        check_size(what, [text], self._host.max_payload_bytes)
 
     # -- what its mail needs of it (see MessagingInstance) ---------------------------------------------
-
-    @property
-    def recorder(self) -> Recorder:
-        return self
-
-    def request(self, name: str) -> tuple[str, int, CodePlace | None]:
-        if self._loop.is_closed():
-            raise GeneratorExit
-        place = place_in_user_code(4) if self.is_replaying else None
-        return self._calls.next(name), self._calls.position, place
-
-    def ask(self, operation: Operation) -> None:
-        self._is_asked.append(operation)
-
-    def future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self._loop)
 
     def when_open(self, action: Callable[[], None]) -> bool:
         if self._is_gated:
@@ -330,13 +144,6 @@ class LiveInstance(Recorder):
             self._gate.after(action)
             return False
         return True
-
-    def record(
-        self, kind: str, operation: Operation, *, result: str | None = None, error: str | None = None
-    ) -> HistoryRow:
-        event = self._event(kind, operation, result=result, error=error)
-        self._record(event)
-        return event
 
     def go_on(self, future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
         self._resolve(future, value, error)
@@ -583,19 +390,6 @@ class LiveInstance(Recorder):
         self._resolve(operation.future, value, error)
         self._advance()
 
-    @staticmethod
-    def _resolve(future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(value)
-        elif isinstance(error, StopIteration):
-            failure = RuntimeError("an activity raised StopIteration, which a future can't hold")
-            failure.__cause__ = error
-            future.set_exception(failure)
-        else:
-            future.set_exception(error)
-
     def _on_deadline(self, operation: TimerOperation) -> None:
         """A timer is due: record it and let the workflow go on."""
         if self.is_gone or operation.id not in self._open_timers:
@@ -607,47 +401,6 @@ class LiveInstance(Recorder):
         self._record(self._event(TIMER_EXPIRED, operation))
         self._loop.make_ready(operation.callback.ready)
         self._advance()
-
-    def _record(self, event: HistoryRow) -> None:
-        """Queue an event; the first one after a takeover shows that the instance is not what kills its workers."""
-        state = None
-        if self._claims:
-            self._claims = 0
-            state = self._state(self._recorded_status, owner=self._host.worker_id, ready_at=None)
-        self._host.writer.record(self, event, state)
-
-    def _event(
-        self,
-        kind: str,
-        operation: Operation,
-        *,
-        result: str | None = None,
-        error: str | None = None,
-        due_at: int | None = None,
-    ) -> HistoryRow:
-        """The next row of history; from here on this is the workflow's time."""
-        self._seq += 1
-        self._time_us = max(self._time_us, self._host.clock.now_us())
-        attempt, arguments = 0, None
-        if isinstance(operation, ActivityOperation):
-            attempt, arguments = operation.attempt, operation.arguments.text
-        elif isinstance(operation, MailOperation):
-            arguments = operation.input
-        return HistoryRow(
-            self.instance_id,
-            self.run,
-            self._seq,
-            kind,
-            operation.id,
-            operation.name,
-            operation.position,
-            attempt,
-            self._time_us,
-            due_at,
-            arguments,
-            result,
-            error,
-        )
 
     # -- outcomes that commit in a transaction of their own ------------------------------------------
 
@@ -678,140 +431,7 @@ class LiveInstance(Recorder):
     def _is_gated(self) -> bool:
         return self._gate is not None and self._gate.is_shut
 
-    # -- replay ------------------------------------------------------------------------------------
-
-    def replay(self, events: Sequence[HistoryRow]) -> bool:
-        """Feed recorded events, in order; ``False`` once the instance has been parked."""
-        for event in events:
-            if self._seq == 0:
-                self._run_replay()
-            if self.is_gone or not self._replay_one(event):
-                return False
-        return True
-
-    def _run_replay(self) -> None:
-        try:
-            self._loop.run_ready()
-        except ForbiddenInWorkflowError as error:
-            self.park(error)
-            return
-        except SystemExit:
-            logger.warning("workflow %s called sys.exit(); taken as a failure", self.workflow_name)
-        self._note_end()
-
-    def _replay_one(self, event: HistoryRow) -> bool:
-        self._seq = event.seq
-        if event.kind in MARKERS:
-            self._pass_over(event)
-        elif event.kind == CANCELLATION and self._strays is None:
-            self._time_us = event.at
-            self._cancel_main(event.input)
-            self._run_replay()
-        else:
-            operation = self._answered_by(event)
-            if operation is not None:
-                self._answer(operation, event)
-        return not self.is_gone
-
-    def _answered_by(self, event: HistoryRow) -> Operation | None:
-        """The request that the event answers; ``None`` if the code no longer asks for it, or has been parked."""
-        operation = self._open_operation(event)
-        if operation is None and self._main.done() and self._begin_compensation():
-            self._run_replay()
-            operation = self._open_operation(event)
-        mismatch = compare(event, self._request(operation), lambda: map(self._request, self._open()))
-        if mismatch is None:
-            return operation
-        if self._strays is not None:
-            self._strays.append(event.seq)
-            return None
-        found, place = mismatch.found, self.workflow.place
-        if operation is None and self._main.done():
-            found = "the end of the workflow"
-        elif mismatch.request is not None:
-            place = str(self._find_place(mismatch.request.operation_id) or place)
-        self.park(NonDeterminismError(self.instance_id, mismatch.expected, found, place))
-        return None
-
-    def _answer(self, operation: Operation, event: HistoryRow) -> None:
-        if isinstance(operation, ActivityOperation):
-            operation.attempt = event.attempt
-            if event.kind == RETRY:
-                operation.due_us = event.due_at or 0
-                operation.first_attempt_us = int(event.result or event.at)
-                return
-            if event.kind == HEARTBEAT:
-                operation.details, operation.details_seq = event.result, event.seq
-                return
-        self._time_us = event.at
-        if isinstance(operation, TimerOperation):
-            del self._open_timers[operation.id]
-            self._loop.make_ready(operation.callback.ready)
-        elif isinstance(operation, MailOperation):
-            self._resolve(operation.future, *self.mail.replay(operation, event))
-        elif isinstance(operation, ActivityOperation):
-            del self._open_activities[operation.id]
-            try:
-                self._replay_outcome(operation, event)
-            except SerializationError as error:
-                self.park(error)
-                return
-        self._run_replay()
-
-    def _pass_over(self, event: HistoryRow) -> None:
-        """An event that answers nothing: an outcome that a retry has taken back, or where a retry or a fork went on.
-
-        Between the two, history may have outcomes that the code has only asked for because of the one taken back.
-        """
-        if event.kind == SUPERSEDED:
-            if self._strays is None:
-                self._strays = []
-            operation = self._open_activities.get(event.operation_id or "")
-            if operation is not None:
-                operation.attempt = operation.due_us = operation.first_attempt_us = 0
-        elif self._strays is not None:
-            if self._strays:
-                row = SupersededRow(self.instance_id, self.run, self._strays)
-                self._host.writer.record_change(self, row)
-            self._strays = None
-
-    def _replay_outcome(self, operation: ActivityOperation, event: HistoryRow) -> None:
-        if event.kind in (COMPLETED, EXECUTED):
-            value = operation.activity.signature.decode_result(event.result or "null")
-            if operation.activity.compensate is not None:
-                self._add_undo(undo_of(operation, value))
-            self._resolve(operation.future, value, None)
-        else:
-            assert event.error is not None
-            self._resolve(operation.future, None, decode_error(event.error))
-
-    def _open_operation(self, event: HistoryRow) -> Operation | None:
-        operation_id = event.operation_id or ""
-        if event.kind == TIMER_EXPIRED:
-            return self._open_timers.get(operation_id)
-        found = self._open_activities.get(operation_id)
-        if found is None and self._mail is not None:
-            return self._mail.open.get(operation_id)
-        return found
-
-    def _open(self) -> list[Operation]:
-        mail = self._mail.open.values() if self._mail is not None else ()
-        return [*self._open_activities.values(), *self._open_timers.values(), *mail]
-
-    def _request(self, operation: Operation | None) -> Any:
-        if operation is None:
-            return None
-        if isinstance(operation, ActivityOperation):
-            same = operation.activity.signature.same_arguments if self._compares_inputs else None
-            return Request(
-                operation.id, operation.name, operation.position, operation.answers, operation.arguments.text, same
-            )
-        text = operation.input if isinstance(operation, MailOperation) else None
-        same_text = str.__eq__ if self._compares_inputs else None
-        return Request(operation.id, operation.name, operation.position, operation.answers, text, same_text)
-
-    def _find_place(self, operation_id: str) -> CodePlace | None:
-        return next((op.place for op in self._open() if op.id == operation_id), None)
+    # -- going live, and what is asked of it from outside ------------------------------------------
 
     def go_live(self) -> None:
         """History is at its end: from here on, what the code asks for is done."""
@@ -864,10 +484,6 @@ class LiveInstance(Recorder):
             self._cancel_main(request.body)
             self._advance()
 
-    def _cancel_main(self, text: str | None) -> None:
-        self._is_cancel_asked = True
-        self._main.cancel(load_json(text or "{}").get("reason") or "cancelled")
-
     # -- the end -----------------------------------------------------------------------------------
 
     def _on_main_done(self) -> None:
@@ -912,63 +528,6 @@ class LiveInstance(Recorder):
             timer.callback.cancel()
         self._is_asked = []
 
-    def _how_main_ended(self) -> Ending | None:
-        main = self._main
-        if main.cancelled():
-            return Ending(Status.CANCELLED, HistoryKind.WORKFLOW_CANCELLED, None, self._why_cancelled())
-        error = main.exception()
-        if error is None:
-            try:
-                text, _ = self.workflow.signature.encode_result(main.result())
-                if len(text) * 4 > self._host.max_payload_bytes:
-                    what = f"the result of workflow {self.workflow_name!r}"
-                    check_size(what, [text], self._host.max_payload_bytes)
-            except RomancyError as failure:
-                error = failure
-            else:
-                return Ending(Status.COMPLETED, None, text, None)
-        if isinstance(error, ForbiddenInWorkflowError):
-            self.park(error)
-            return None
-        return Ending(Status.FAILED, HistoryKind.WORKFLOW_FAILED, None, encode_error(error))
-
-    def _why_cancelled(self) -> str:
-        try:
-            self._main.result()
-        except asyncio.CancelledError as error:
-            return encode_error(WorkflowCancelledError(str(error) or "cancelled"))
-        raise AssertionError
-
-    # -- sagas -------------------------------------------------------------------------------------
-
-    def on_failure(self, undo: Activity[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See :class:`romancy.context.RunningWorkflow`."""
-        undo.signature.encode_arguments(args, kwargs)  # what can't be stored is an error now, not in an emergency
-        self._add_undo(Undo(undo, args, kwargs))
-
-    def _add_undo(self, undo: Undo | None) -> None:
-        if undo is not None:
-            if self._saga is None:
-                self._saga = Saga()
-            self._saga.add(undo)
-
-    def _begin_compensation(self) -> bool:
-        """Whether there is something to undo, once; if so, the undoing is the code from here on."""
-        main = self._main
-        has_failed = main.cancelled() or main.exception() is not None
-        if not has_failed or not self._saga or self._is_compensating:
-            return False
-        self._is_compensating = True
-        self._main = start_task(self._loop, self._saga.compensate(self._call_undo), "compensation")
-        return True
-
-    def _call_undo(self, undo: Undo) -> Coroutine[Any, Any, Any]:
-        operation = self._operation(undo.activity, DEFAULT_OPTIONS, undo.args, undo.kwargs, None)
-        operation.is_compensation = True
-        return self._await_activity(operation)
-
-    # -- the end -----------------------------------------------------------------------------------
-
     def _finish(self, ending: Ending) -> None:
         """Record how the run ended; its last outcome and this share a commit."""
         host = self._host
@@ -989,14 +548,6 @@ class LiveInstance(Recorder):
         host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
 
     # -- further runs ------------------------------------------------------------------------------
-
-    async def recur(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        """See :class:`romancy.context.RunningWorkflow`."""
-        given = self.workflow.signature.encode_input(args, kwargs)
-        check_size(f"the input of workflow {self.workflow_name!r}", [given.text], self._host.max_payload_bytes)
-        self.ask(RecurOperation(*self.request("recur"), given))
-        await self.future()
-        raise AssertionError("a run that has ended goes on")
 
     def _recur(self, operation: RecurOperation) -> None:
         """End this run and begin the next, in one transaction."""
@@ -1021,23 +572,7 @@ class LiveInstance(Recorder):
         """The next run: should the database refuse this one's end, that run is nobody's, either."""
         self._successor = instance
 
-    def patched(self, change_id: str) -> bool:
-        """See :class:`romancy.context.RunningWorkflow`."""
-        known = self._patches.get(change_id)
-        if known is None:
-            known = self._patches[change_id] = self._is_fresh or not self.is_replaying
-            if known:
-                met = sorted(change for change, is_in in self._patches.items() if is_in)
-                self._host.writer.record_change(self, PatchRow(self.instance_id, dump_plain(met)))
-        return known
-
     # -- leaving -----------------------------------------------------------------------------------
-
-    def _own_event(self, kind: str, *, text: str | None = None, error: str | None = None) -> HistoryRow:
-        """A row of history that answers no request."""
-        return HistoryRow(
-            self.instance_id, self.run, self._seq, kind, None, None, None, 0, self._time_us, None, text, None, error
-        )
 
     def park(self, error: BaseException) -> None:
         """Set the instance aside as suspended, its history untouched, until somebody resumes it."""
@@ -1076,10 +611,6 @@ class LiveInstance(Recorder):
             return
         logger.warning("instance %s belongs to another worker now; dropped here: %s", self.instance_id, error)
         self.drop()
-
-    def _state(self, status: str, *, owner: str | None, ready_at: int | None, error: str | None = None) -> StateRow:
-        now = self._host.clock.now_us()
-        return StateRow(self.instance_id, status, owner, ready_at, now, None, None, error)
 
     def _leave_memory(self) -> None:
         self.is_gone = True
