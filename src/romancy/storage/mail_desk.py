@@ -39,8 +39,15 @@ from romancy.storage.threads import Link
 
 ROWS_A_STATEMENT = 100
 
+PRIMARY = "PRIMARY"
+BY_SUBJECT = "romancy_mail_subject"
+BY_NAME = "romancy_mail_name"
+BY_TOPIC = "romancy_waits_topic"
+
 Row = Sequence[Any]
 T = TypeVar("T")
+Topic = tuple[int, str, str, str, str]
+"""A number, and the addressee, kind, name and subject that it stands for."""
 
 
 class Execute(Protocol):
@@ -150,19 +157,20 @@ class MailDesk:
         found: list[list[tuple[str, str]]] = [[] for _ in open_waits]
         for with_subject in (True, False):
             some = [(n, w) for n, w in enumerate(open_waits) if (w.subject != ANYTHING) is with_subject]
-            same = "AND m.subject = w.subject " if with_subject else ""
+            same, index = ("AND m.subject = s.subject ", BY_SUBJECT) if with_subject else ("", BY_NAME)
+            # PostgreSQL would rather walk along the primary key, in the order that is asked for, past all other keys.
+            order = "m.mail_id || ''" if with_subject and self._dialect == "postgresql" else "m.mail_id"
             for chunk in _chunks(some):
-                asked: list[Any] = []
-                parts: list[str] = []
-                for n, wait in chunk:
-                    for to_id in (wait.instance_id, ANYBODY) if wait.kind != CHILD else (wait.instance_id,):
-                        names = " AS n, ? AS to_id, ? AS kind, ? AS name, ? AS subject" if not parts else ", ?, ?, ?, ?"
-                        parts.append(f"SELECT {n}{names}")
-                        asked += [to_id, wait.kind, wait.name, wait.subject]
+                topics = [
+                    (n, to_id, wait.kind, wait.name, wait.subject)
+                    for n, wait in chunk
+                    for to_id in ((wait.instance_id,) if wait.kind == CHILD else (wait.instance_id, ANYBODY))
+                ]
+                wanted, asked = self._table(topics)
                 rows = self._execute(
-                    f"SELECT w.n, w.to_id, (SELECT m.mail_id FROM {mail.name} m WHERE m.to_id = w.to_id "
-                    f"AND m.kind = w.kind AND m.name = w.name {same}AND m.expires_at > ? "
-                    f"ORDER BY m.mail_id LIMIT 1) FROM ({' UNION ALL '.join(parts)}) AS w",
+                    f"SELECT s.n, s.to_id, (SELECT m.mail_id FROM {mail.name} m{self._by(index)} "
+                    f"WHERE m.to_id = s.to_id AND m.kind = s.kind AND m.name = s.name {same}AND m.expires_at > ? "
+                    f"ORDER BY {order} LIMIT 1) FROM {wanted}",
                     [self._now_us, *asked],
                 ).fetchall()
                 for n, to_id, mail_id in rows:
@@ -289,10 +297,10 @@ class MailDesk:
         """For each mail the waits of its addressee that it fits, oldest first."""
         found: dict[int, list[Wait]] = {}
         for chunk in _chunks(list(enumerate(mails))):
-            parts, asked = _topics(chunk)
+            wanted, asked = self._table(_topics(chunk))
             rows = self._execute(
-                f"SELECT s.n, {_of_wait()} FROM ({parts}) AS s JOIN {waits.name} w ON w.instance_id = s.to_id "
-                f"AND w.kind = s.kind AND w.name = s.name AND w.subject IN (s.subject, '') "
+                f"SELECT s.n, {_of_wait()} FROM {wanted} JOIN {waits.name} w{self._by(PRIMARY)} "
+                f"ON w.instance_id = s.to_id AND w.kind = s.kind AND w.name = s.name AND w.subject = s.subject "
                 f"ORDER BY s.n, w.since, w.operation_id",
                 asked,
             ).fetchall()
@@ -337,10 +345,10 @@ class MailDesk:
         topics = list({(sent.name, sent.subject): (n, sent) for n, sent in enumerate(events)}.values())
         waiting: dict[tuple[str, str], list[Wait]] = {}
         for chunk in _chunks(topics):
-            parts, asked = _topics(chunk)
+            wanted, asked = self._table(_topics(chunk))
             rows = self._execute(
-                f"SELECT s.n, {_of_wait()} FROM ({parts}) AS s JOIN {waits.name} w "
-                f"ON w.kind = s.kind AND w.name = s.name AND w.subject IN (s.subject, '') ORDER BY s.n, w.since",
+                f"SELECT s.n, {_of_wait()} FROM {wanted} JOIN {waits.name} w{self._by(BY_TOPIC)} "
+                f"ON w.kind = s.kind AND w.name = s.name AND w.subject = s.subject ORDER BY s.n, w.since",
                 asked,
             ).fetchall()
             for n, *fields in rows:
@@ -381,6 +389,23 @@ class MailDesk:
             self.delete(mail.name, ("to_id", "kind", "name"), [(instance_id, MESSAGE, channel)])
 
     # -- statements --------------------------------------------------------------------------------
+
+    def _table(self, topics: Sequence[Topic]) -> tuple[str, list[str]]:
+        """Topics as a table ``s`` to join with, and its parameters."""
+        if self._dialect == "postgresql":
+            # It would plan each arm of a UNION on its own.
+            first = f"({topics[0][0]}" + ", CAST(? AS text)" * 4 + ")"
+            rows = ", ".join([first, *(f"({topic[0]}, ?, ?, ?, ?)" for topic in topics[1:])])
+            sql = f"(VALUES {rows}) AS s (n, to_id, kind, name, subject)"
+        else:
+            first = f"SELECT {topics[0][0]} AS n, ? AS to_id, ? AS kind, ? AS name, ? AS subject"
+            arms = [first, *(f"SELECT {topic[0]}, ?, ?, ?, ?" for topic in topics[1:])]
+            sql = f"({' UNION ALL '.join(arms)}) AS s"
+        return sql, [value for _, *values in topics for value in values]
+
+    def _by(self, index: str) -> str:
+        """Makes MySQL take this index; its statistics may be of a time when the table was all but empty."""
+        return f" FORCE INDEX ({index})" if self._dialect == "mysql" else ""
 
     def insert(self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool = False) -> None:
         """Insert rows; with ``ignore``, those whose keys are new."""
@@ -430,13 +455,12 @@ def _of_wait() -> str:
     return ", ".join(f"w.{field}" for field in Wait._fields)
 
 
-def _topics(numbered: Sequence[tuple[int, Mail]]) -> tuple[str, list[str]]:
-    """A table of topics, by their numbers."""
-    first, *rest = numbered
-    parts = [f"SELECT {first[0]} AS n, ? AS to_id, ? AS kind, ? AS name, ? AS subject"]
-    parts += [f"SELECT {n}, ?, ?, ?, ?" for n, _ in rest]
-    return " UNION ALL ".join(parts), [
-        value for _, sent in numbered for value in (sent.to_id, sent.kind, sent.name, sent.subject)
+def _topics(numbered: Sequence[tuple[int, Mail]]) -> list[Topic]:
+    """The topics that these mails fit, by their numbers: their own, and that of whoever takes any."""
+    return [
+        (n, sent.to_id, sent.kind, sent.name, subject)
+        for n, sent in numbered
+        for subject in dict.fromkeys((sent.subject, ANYTHING))
     ]
 
 
