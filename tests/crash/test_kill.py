@@ -14,11 +14,9 @@ from tests.crash.fork import in_child
 from tests.databases import Database, rows
 from tests.ledger import create_ledger
 
-# Each child is forked from a process that has imported everything, and done nothing else.
+# Each child is forked from a process that has imported everything, and holds nothing open.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(
-    ["tests.crash.child", "aiosqlite", "sqlalchemy.dialects.postgresql.psycopg", "sqlalchemy.dialects.mysql.asyncmy"]
-)
+FRESH.set_forkserver_preload(["tests.crash.warm"])
 
 LEDGER = ["four", "one", "three", "two"]
 FOUND = ["a", "one", "b", "two", "c", "three", 3, "d"]
