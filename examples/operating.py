@@ -34,7 +34,7 @@ async def label() -> str:
 @workflow
 async def ship(ctx: WorkflowContext) -> str:
     first = await pack()
-    await ctx.sleep(0.05)
+    await ctx.sleep(1)
     return f"{first} and {await label()}"
 
 

@@ -28,7 +28,7 @@ from romancy import (
 )
 from romancy.testing import VirtualClock
 from tests.databases import Database, execute
-from tests.support import RESULT_TIMEOUT_S
+from tests.support import RESULT_TIMEOUT_S, wait_for_status
 
 
 @dataclass
@@ -457,7 +457,7 @@ async def test_result_timeout_leaves_the_workflow_running(database: Database, cl
         await clock.wait_for_sleeper()
         with pytest.raises(ResultTimeoutError, match="it goes on"):
             await handle.result(timeout=0.01)
-        assert await handle.status() is Status.WAITING_FOR_TIMER
+        await wait_for_status(app, handle.instance_id, Status.WAITING_FOR_TIMER)
         await clock.advance(100)
         assert await handle.result(RESULT_TIMEOUT_S) == "done"
 
