@@ -49,10 +49,10 @@ class _Rows:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ((120_000, "on", "on", "on"), "PostgreSQL 12 is too old"),
-        ((150_000, "off", "on", "on"), "set fsync = on"),
-        ((150_000, "on", "off", "on"), "synchronous_commit = on"),
-        ((150_000, "on", "on", "off"), "set full_page_writes = on"),
+        ((120_000, "on", "on", "on", "read committed"), "PostgreSQL 12 is too old"),
+        ((150_000, "off", "on", "on", "read committed"), "set fsync = on"),
+        ((150_000, "on", "off", "on", "read committed"), "synchronous_commit = on"),
+        ((150_000, "on", "on", "off", "read committed"), "set full_page_writes = on"),
     ],
 )
 async def test_unsafe_postgresql_is_refused(

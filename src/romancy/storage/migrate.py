@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
-from sqlalchemy import URL, Column, Connection, MetaData, String, Table, create_engine, insert, inspect, select
+from sqlalchemy import URL, Column, Connection, Engine, MetaData, String, Table, create_engine, insert, inspect, select
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
@@ -145,14 +145,13 @@ def run_migrations(connection: Connection, database: str) -> None:
 
 
 def ensure_server_schema(
-    url: URL, database: str, locked: Callable[[Connection], AbstractContextManager[None]], *, migrate: bool
+    engine: Engine, database: str, locked: Callable[[Connection], AbstractContextManager[None]], *, migrate: bool
 ) -> str | None:
-    """The same on a server; ``locked`` lets one process at a time migrate.
+    """The same on a server, by an engine that is disposed of; ``locked`` lets one process at a time migrate.
 
     Raises:
         SchemaError: as for :func:`ensure_schema`.
     """
-    engine = create_engine(url, poolclass=NullPool)
     try:
         with engine.connect() as connection:
             found = _server_version(connection)

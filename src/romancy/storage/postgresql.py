@@ -6,12 +6,13 @@ import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import URL, BigInteger, Connection, cast, func, text
+from sqlalchemy import URL, BigInteger, ColumnElement, Connection, Engine, cast, event, func, text
 from sqlalchemy.dialects.postgresql.base import PGDialect
 
-from romancy.errors import ConfigurationError, DatabaseUnsafeError
+from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.listener import Listener
@@ -31,6 +32,11 @@ except ImportError as error:
 MINIMUM_VERSION = 130_000
 CHANNEL = "romancy"
 LISTEN_SLICE_S = 20
+PREPARE_AFTER = 5
+"""Executions after which the driver lets the server keep a statement's plan."""
+
+PREPARING = "prepare_threshold"
+WHO_SERVES = "SELECT pg_backend_pid()"
 MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
 
 _make_dialect: Any = PGDialect
@@ -41,13 +47,37 @@ _TYPES = {"run": "int", "claims": "int", "seq": "int", "position": "int", "attem
 )
 
 
+class PostgresqlLink:
+    """A psycopg connection, or one of a pooler's that leads to another server connection in each transaction.
+
+    Nothing is ever set for a session, for a pooler would hand it to somebody else: what a transaction needs it sets
+    for itself. And behind a pooler nothing is prepared: names of prepared statements belong to a session, too, and
+    the same name may stand for another client's statement.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self.connection = connection
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """See :class:`romancy.storage.threads.Link`."""
+        return self.connection.execute(sql.encode(), parameters)
+
+    def execute_together(self, statements: str) -> None:
+        """Run several statements, separated by semicolons, in one round trip."""
+        self.connection.execute(statements.encode(), (), prepare=False)
+
+    def close(self) -> None:
+        """See :class:`romancy.storage.threads.Link`."""
+        self.connection.close()
+
+
 class _Ear:
     """A connection that listens, and can be cut off by another thread in the middle of it."""
 
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-        self.execute = connection.execute
-        self._socket = socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+    def __init__(self, link: PostgresqlLink) -> None:
+        self.connection = link.connection
+        self.execute = link.execute
+        self._socket = socket.fromfd(self.connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
 
     def cut_off(self) -> None:
         """Make whoever waits for this connection find it at its end."""
@@ -60,7 +90,7 @@ class _Ear:
 
 
 class PostgresqlStore(ServerStore):
-    """A PostgreSQL database.
+    """A PostgreSQL database, reached directly or through a pooler such as PgBouncer, in any of its modes.
 
     Args:
         address: where it is.
@@ -70,13 +100,23 @@ class PostgresqlStore(ServerStore):
     kind = "postgresql"
 
     def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
-        super().__init__(address, _DIALECT, workflow_names, _NOW)
-        self._flush_as_client = _flush_statement("SELECT 1")
+        lock_wait = f"{LOCK_WAIT_S}s"
+        super().__init__(address, _DIALECT, workflow_names, _NOW, _guard(lock_wait))
+        self._is_preparing_given, self._prepare_after = _preparing(address.url)
+        self._url = address.url.difference_update_query([PREPARING])
+        self._is_read_committed = True
+        self._begin_together = (
+            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{lock_wait}'; "
+            f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'"
+        )
+        bounded = f"set_config('lock_timeout', '{lock_wait}', true)"
+        self._flush_as_client = _flush_statement(f"SELECT {bounded}")
         self._flush_as_worker = _flush_statement(
-            f"SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' FOR SHARE"
+            f"SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' AND {bounded} <> '' FOR SHARE"
         )
         self._flush_and_renew = _flush_statement(
-            f"UPDATE {workers.name} SET lease_until = %s WHERE worker_id = %s AND state = 'alive' RETURNING 1"
+            f"UPDATE {workers.name} SET lease_until = %s WHERE worker_id = %s AND state = 'alive' AND {bounded} <> '' "
+            f"RETURNING 1"
         )
 
     # -- opening -----------------------------------------------------------------------------------
@@ -84,9 +124,11 @@ class PostgresqlStore(ServerStore):
     def check(self, link: Link) -> None:
         settings: Any = link.execute(
             "SELECT current_setting('server_version_num')::int, current_setting('fsync'), "
-            "current_setting('synchronous_commit'), current_setting('full_page_writes')"
+            "current_setting('synchronous_commit'), current_setting('full_page_writes'), "
+            "current_setting('default_transaction_isolation')"
         ).fetchone()
-        version, fsync, commit, pages = settings
+        version, fsync, commit, pages, isolation = settings
+        self._is_read_committed = isolation == "read committed"
         if version < MINIMUM_VERSION:
             raise DatabaseUnsafeError(
                 f"database {self.name}: PostgreSQL {version // 10_000} is too old: take 13 or newer"
@@ -103,7 +145,7 @@ class PostgresqlStore(ServerStore):
                 f"acknowledged: ALTER DATABASE … SET synchronous_commit = on"
             )
 
-    def connect(self) -> Link:
+    def connect(self) -> PostgresqlLink:
         url = self.url(is_async=False).set(drivername="postgresql")
         options = {"connect_timeout": str(CONNECT_TIMEOUT_S), **dict(url.query)}
         parameters: dict[str, Any] = {
@@ -114,20 +156,47 @@ class PostgresqlStore(ServerStore):
             "dbname": url.database,
             **options,
         }
-        connection: Any = psycopg.connect(
+        connection = psycopg.connect(
             autocommit=True, **{key: value for key, value in parameters.items() if value is not None}
         )
-        connection.execute(
-            f"SELECT set_config('lock_timeout', '{LOCK_WAIT_S}s', false), "
-            f"set_config('idle_in_transaction_session_timeout', '{IDLE_TRANSACTION_S}s', false), "
-            f"set_config('default_transaction_isolation', 'read committed', false)"
-        )
-        link: Link = connection
-        return link
+        try:
+            row: Any = connection.execute(WHO_SERVES).fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        connection.prepare_threshold = self._prepare_threshold(connection, row[0])
+        return PostgresqlLink(connection)
+
+    def _prepare_threshold(self, connection: psycopg.BaseConnection[Any], pid: int) -> int | None:
+        """After how many executions the driver may prepare a statement; ``None`` behind a pooler.
+
+        A server says at the beginning which process of its serves the connection; a pooler says something else.
+        Preparing saves half of a short flush's time, so it is not simply left off.
+        """
+        if self._is_preparing_given:
+            return self._prepare_after
+        return PREPARE_AFTER if pid == connection.info.backend_pid else None
 
     def url(self, *, is_async: bool) -> URL:
         del is_async  # one driver does both
-        return self.address.url.set(drivername="postgresql+psycopg")
+        return self._url.set(drivername="postgresql+psycopg")
+
+    def migration_options(self) -> dict[str, Any]:
+        return {"connect_args": {"prepare_threshold": None}}
+
+    def set_up_sessions(self, engine: Engine) -> None:
+        self.set_up_reading(engine)
+
+    def set_up_reading(self, engine: Engine) -> None:
+        @event.listens_for(engine, "connect")
+        def on_connect(connection: Any, _record: Any) -> None:
+            driver = getattr(connection, "driver_connection", connection)
+            cursor = connection.cursor()
+            cursor.execute(WHO_SERVES)
+            (pid,) = cursor.fetchone()
+            cursor.close()
+            connection.rollback()
+            driver.prepare_threshold = self._prepare_threshold(driver, pid)
 
     @contextlib.contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:
@@ -137,10 +206,14 @@ class PostgresqlStore(ServerStore):
 
     # -- writing -----------------------------------------------------------------------------------
 
+    def _begin(self, link: Link) -> None:
+        assert isinstance(link, PostgresqlLink)
+        link.execute_together(self._begin_together)
+
     def _write_parties(
         self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None, renew_until: int | None
     ) -> Written:
-        if any(party.mail or party.changes for party in parties):
+        if not self._is_read_committed or any(party.mail or party.changes for party in parties):
             return super()._write_parties(link, batch, parties, worker_id, renew_until)
         return Written(self._write_rows(link, parties, worker_id, renew_until))
 
@@ -200,6 +273,23 @@ def _wait_for_hint(link: Link) -> bool:
 def _abort(link: Link) -> None:
     assert isinstance(link, _Ear)
     link.cut_off()
+
+
+@cache
+def _guard(lock_wait: str) -> ColumnElement[bool]:
+    return func.set_config("lock_timeout", lock_wait, True) != ""
+
+
+def _preparing(url: URL) -> tuple[bool, int | None]:
+    """What the address says about preparing statements, and whether it says anything."""
+    given = url.query.get(PREPARING)
+    if given is None:
+        return False, None
+    if given == "none":
+        return True, None
+    if isinstance(given, str) and given.isdecimal():
+        return True, int(given)
+    raise DatabaseURLError(f"{PREPARING}={given!r}: give a number of executions, or 'none' to prepare nothing")
 
 
 def _as_json(fields: tuple[str, ...], rows: list[Any]) -> str:

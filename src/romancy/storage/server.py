@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine
+from sqlalchemy import ColumnElement, Connection, Engine, NullPool, create_engine
 from sqlalchemy.engine.interfaces import Dialect
 
 from romancy.clock import DatabaseClock
@@ -35,12 +35,18 @@ class ServerStore(Store):
         dialect: its SQL.
         workflow_names: the workflows that this app can run.
         server_time: what asks the server for its time.
+        guard: see :class:`romancy.storage.statements.Statements`.
     """
 
     def __init__(
-        self, address: ServerAddress, dialect: Dialect, workflow_names: Sequence[str], server_time: ColumnElement[Any]
+        self,
+        address: ServerAddress,
+        dialect: Dialect,
+        workflow_names: Sequence[str],
+        server_time: ColumnElement[Any],
+        guard: ColumnElement[bool] | None = None,
     ) -> None:
-        super().__init__(str(address), dialect, workflow_names, "%s", DatabaseClock(), server_time)
+        super().__init__(str(address), dialect, workflow_names, "%s", DatabaseClock(), server_time, guard)
         self.address = address
 
     @abstractmethod
@@ -70,7 +76,8 @@ class ServerStore(Store):
             if found == SCHEMA_VERSION:
                 self.check_tables(link)
                 return found
-        found = ensure_server_schema(self.url(is_async=False), self.name, self.migration_lock, migrate=migrate)
+        engine = create_engine(self.url(is_async=False), poolclass=NullPool, **self.migration_options())
+        found = ensure_server_schema(engine, self.name, self.migration_lock, migrate=migrate)
         with contextlib.closing(self._connect()) as link:
             self.check_tables(link)
         return found
@@ -78,6 +85,10 @@ class ServerStore(Store):
     def _connect(self) -> Link:
         """A connection for a first look, while it is not known what server that is."""
         return self.connect()
+
+    def migration_options(self) -> dict[str, Any]:
+        """Options for SQLAlchemy's engine behind migrations."""
+        return {}
 
     def session_options(self) -> dict[str, Any]:
         # A server, or a proxy before it, may have closed a connection that lay idle.

@@ -21,6 +21,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.engine.interfaces import Dialect
@@ -119,9 +120,17 @@ class Statements:
         dialect: whose SQL to write; its parameter style must be positional.
         workflow_names: the workflows that this app can run, for claims.
         clock: the server's time in microseconds since the epoch; NULL where all processes share a machine.
+        guard: a condition that is always true, and bounds on the way how long a statement that is a transaction of
+            its own waits for a lock.
     """
 
-    def __init__(self, dialect: Dialect, workflow_names: Sequence[str], clock: ColumnElement[Any]) -> None:
+    def __init__(
+        self,
+        dialect: Dialect,
+        workflow_names: Sequence[str],
+        clock: ColumnElement[Any],
+        guard: ColumnElement[bool] | None = None,
+    ) -> None:
         def prepare(statement: ClauseElement) -> Prepared:
             return Prepared(statement, dialect)
 
@@ -129,7 +138,8 @@ class Statements:
         now: BindParameter[int] = bindparam("now")
         alive = and_(workers.c.worker_id == me, workers.c.state == "alive")
         self.fence = prepare(select(literal(1)).select_from(workers).where(alive).with_for_update(read=True))
-        self.renew = prepare(update(workers).where(alive).values(lease_until=bindparam("lease_until")))
+        guarded = true() if guard is None else guard
+        self.renew = prepare(update(workers).where(alive, guarded).values(lease_until=bindparam("lease_until")))
         self.register = prepare(insert(workers))
         self.deregister = prepare(delete(workers).where(workers.c.worker_id == me))
         self.bury = prepare(
@@ -138,6 +148,7 @@ class Statements:
                 workers.c.worker_id == bindparam("worker_id"),
                 workers.c.state == "alive",
                 or_(workers.c.lease_until < now, literal(1) == bindparam("is_gone")),
+                guarded,
             )
             .values(state="dead")
         )
@@ -214,6 +225,7 @@ class Statements:
             .where(
                 instances.c.instance_id == bindparam("instance_id"),
                 instances.c.status == Status.SUSPENDED.value,
+                guarded,
             )
             .values(status=Status.PENDING.value, ready_at=0, error=null(), claims=0, updated_at=now)
         )
@@ -235,6 +247,11 @@ class Statements:
 
 
 @lru_cache(maxsize=64)
-def statements_for(dialect: Dialect, workflow_names: tuple[str, ...], clock: ColumnElement[Any]) -> Statements:
+def statements_for(
+    dialect: Dialect,
+    workflow_names: tuple[str, ...],
+    clock: ColumnElement[Any],
+    guard: ColumnElement[bool] | None = None,
+) -> Statements:
     """The statements for this dialect, the same for all apps of the process that can run the same workflows."""
-    return Statements(dialect, workflow_names, clock)
+    return Statements(dialect, workflow_names, clock, guard)

@@ -66,6 +66,7 @@ class Store(ABC):
         mark: the driver's placeholder for a parameter.
         clock: the database's clock.
         server_time: what asks the server for its time.
+        guard: see :class:`romancy.storage.statements.Statements`.
 
     Attributes:
         kind: ``sqlite``, ``postgresql`` or ``mysql``.
@@ -87,6 +88,7 @@ class Store(ABC):
         mark: str,
         clock: Clock,
         server_time: ColumnElement[Any],
+        guard: ColumnElement[bool] | None = None,
     ) -> None:
         self.name = name
         self.mark = mark
@@ -95,7 +97,7 @@ class Store(ABC):
         self.workflow_clock: Clock = clock
         self.own_writes = 0
         self._workflow_names = tuple(workflow_names)
-        self._statements = statements_for(dialect, self._workflow_names, server_time)
+        self._statements = statements_for(dialect, self._workflow_names, server_time, guard)
         self._starts = ManyRows(insert_into(instances, StartRow._fields), len(StartRow._fields), mark=mark)
         self._history = ManyRows(insert_into(history, HistoryRow._fields), len(HistoryRow._fields), mark=mark)
         self._unsure_claim: int | None = None
@@ -346,7 +348,7 @@ class Store(ABC):
     def _transaction(self, link: Link) -> Iterator[None]:
         self.write_lock.acquire()
         try:
-            link.execute(self.begin)
+            self._begin(link)
             try:
                 yield
                 link.execute("COMMIT")
@@ -355,6 +357,9 @@ class Store(ABC):
                 raise
         finally:
             self.write_lock.release()
+
+    def _begin(self, link: Link) -> None:
+        link.execute(self.begin)
 
     def _roll_back(self, link: Link, error: BaseException) -> None:
         if not is_lost(error):
