@@ -85,6 +85,8 @@ class App:
         max_activities: how many activities may run at a time.
         activity_threads: how many plain ``def`` activities may run at a time.
         stall_warning: after how many seconds a blocked event loop is reported.
+        listen_on: only with PostgreSQL behind a pooler in transaction mode, through which ``LISTEN`` can't work: an
+            address that leads to the same database directly. Without, other processes' work is found within 5 s.
         event_retention: how long an event with a key, or to one instance, is kept for somebody who waits for it; in
             seconds or as a ``timedelta``.
         clock: for tests; see ``romancy.testing``.
@@ -118,9 +120,11 @@ class App:
         activity_threads: int = 32,
         stall_warning: Seconds = 1.0,
         event_retention: Seconds = 24 * 3600.0,
+        listen_on: str | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.address = parse_address(database)
+        self._listen_on = None if listen_on is None else parse_address(listen_on)
         self.name = worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self.default_retry = default_retry or RetryPolicy.default()
         self.max_payload_bytes = _positive("max_payload_bytes", max_payload_bytes)
@@ -168,7 +172,7 @@ class App:
             raise InstanceStateError("this app is running already: start it once, or make another App")
         self._catalogue = self._workflows or DEFAULT_CATALOGUE
         self._known = self._catalogue.workflows
-        self._store = make_store(self.address, list(self._known))
+        self._store = make_store(self.address, list(self._known), self._listen_on)
         await asyncio.to_thread(self._store.open, self._auto_migrate)
         self._clock = self._store.workflow_clock = self._given_clock or self._store.clock
         self._process_id = os.getpid()

@@ -43,6 +43,7 @@ MAX_CLAIMS = 20
 CLAIM_SIZE = 200
 HISTORY_PAGE = 1_000
 SCAN_INTERVAL_S = 5.0
+SHORTEST_SCAN_INTERVAL_S = 0.1
 LONGEST_FAREWELL_S = 5.0
 GONE_CHECK_INTERVAL_S = 0.5
 CHANGE_CHECK_INTERVAL_S = 0.02
@@ -147,6 +148,8 @@ class Worker:
         self._next_due_us: int | None = None
         self._may_have_mail = False
         self._cleared_at = 0.0
+        self._scan_wait_s = SCAN_INTERVAL_S
+        self._seen_commits = 0
         self._is_stopping = False
         self._is_stopped = False
         self._hint = asyncio.Event()
@@ -437,7 +440,7 @@ class Worker:
         await self._resume_claimed()
         await self._scan()
         await self._clear_expired()
-        next_scan = self._loop.time() + min(SCAN_INTERVAL_S, self._settings.lease_ttl_s / 2)
+        next_scan = self._loop.time() + min(self._next_scan_wait_s(), self._settings.lease_ttl_s / 2)
         while True:
             await self._bury_the_gone()
             await self._take_over()
@@ -448,6 +451,15 @@ class Worker:
                 return
             if not self._may_have_mail or self.room <= 0:
                 await self._sleep(min(wait_s, self._seconds_to_next_due(), self._seconds_to_gone_check()))
+
+    def _next_scan_wait_s(self) -> float:
+        """Where hints are not heard, look often while something is going on, and ever more rarely when it is not."""
+        if not self._store.is_deaf:
+            return SCAN_INTERVAL_S
+        is_busy = self._seen_commits != self.writer.committed
+        self._seen_commits = self.writer.committed
+        self._scan_wait_s = SHORTEST_SCAN_INTERVAL_S if is_busy else min(2 * self._scan_wait_s, SCAN_INTERVAL_S)
+        return self._scan_wait_s
 
     async def _sleep(self, wait_s: float) -> None:
         self._hint.clear()

@@ -14,7 +14,7 @@ from sqlalchemy.dialects import mysql as mysql_dialect
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, SchemaError
 from romancy.storage.address import ServerAddress
 from romancy.storage.failures import NotOwnedError
-from romancy.storage.listener import Listener
+from romancy.storage.listener import HINT, Listener
 from romancy.storage.rows import StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.server import CONNECT_TIMEOUT_S, IDLE_TRANSACTION_S, LOCK_WAIT_S, ServerStore
@@ -36,7 +36,6 @@ MINIMUM_MYSQL = (8, 0)
 MIGRATION_LOCK = "romancy-migration"
 MIGRATION_WAIT_S = 60
 SLEEP = "SELECT /* romancy listens */ SLEEP"
-LISTEN_SLICE_S = 20
 INTERRUPTED = 1317
 READ_TIMEOUT_S = 30
 _DIALECT = mysql_dialect.dialect(paramstyle="format")
@@ -167,13 +166,13 @@ class MysqlStore(ServerStore):
     def _make_listener(self, on_hint: Callable[[], None]) -> Listener:
         return Listener(self._connect, self._wait_for_hint, _abort, on_hint)
 
-    def _wait_for_hint(self, link: Link) -> bool:
+    def _wait_for_hint(self, link: Link, timeout_s: float) -> str | None:
         # Neither server has a call that waits for news; but whoever sleeps can be woken, see _hint.
         try:
-            return bool(link.execute(f"{SLEEP}({LISTEN_SLICE_S})").fetchone()[0])
+            return HINT if link.execute(f"{SLEEP}({timeout_s:.3f})").fetchone()[0] else None
         except pymysql.err.OperationalError as error:
             if error.args[0] == INTERRUPTED:
-                return True
+                return HINT
             raise
 
     def _hint(self, link: Link) -> None:

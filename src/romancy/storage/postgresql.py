@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, Engine, cast, event, func, text
@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
-from romancy.storage.listener import Listener
+from romancy.storage.listener import HINT, Listener, SelfTest
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.server import CONNECT_TIMEOUT_S, IDLE_TRANSACTION_S, LOCK_WAIT_S, ServerStore
@@ -31,7 +31,12 @@ except ImportError as error:
 
 MINIMUM_VERSION = 130_000
 CHANNEL = "romancy"
-LISTEN_SLICE_S = 20
+DEAF_WARNING = (
+    "database {name}: a NOTIFY that this process sent itself has not come back, so hints from other processes are not "
+    "heard: between them and us stands a pooler that hands out a connection for each transaction, where LISTEN is "
+    "lost. Nothing is lost but time: this worker looks every few seconds for what others have left. Give "
+    "App(listen_on=…) an address that leads to the server directly, or accept that"
+)
 PREPARE_AFTER = 5
 """Executions after which the driver lets the server keep a statement's plan."""
 
@@ -95,6 +100,9 @@ class PostgresqlStore(ServerStore):
     Args:
         address: where it is.
         workflow_names: the workflows that this app can run.
+
+    Attributes:
+        listen_url: where hints are heard, if not at the same address.
     """
 
     kind = "postgresql"
@@ -104,6 +112,7 @@ class PostgresqlStore(ServerStore):
         super().__init__(address, _DIALECT, workflow_names, _NOW, _guard(lock_wait))
         self._is_preparing_given, self._prepare_after = _preparing(address.url)
         self._url = address.url.difference_update_query([PREPARING])
+        self.listen_url: URL | None = None
         self._is_read_committed = True
         self._begin_together = (
             f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{lock_wait}'; "
@@ -146,8 +155,11 @@ class PostgresqlStore(ServerStore):
             )
 
     def connect(self) -> PostgresqlLink:
-        url = self.url(is_async=False).set(drivername="postgresql")
-        options = {"connect_timeout": str(CONNECT_TIMEOUT_S), **dict(url.query)}
+        return self._connect_to(self._url)
+
+    def _connect_to(self, url: URL) -> PostgresqlLink:
+        query = url.difference_update_query([PREPARING]).query
+        options = {"connect_timeout": str(CONNECT_TIMEOUT_S), **query}
         parameters: dict[str, Any] = {
             "host": url.host,
             "port": url.port,
@@ -241,16 +253,22 @@ class PostgresqlStore(ServerStore):
     # -- hints -------------------------------------------------------------------------------------
 
     def _make_listener(self, on_hint: Callable[[], None]) -> Listener:
-        return Listener(self._listen, _wait_for_hint, _abort, on_hint)
+        self_test = SelfTest(lambda word: self._write(partial(_say, word)), DEAF_WARNING.format(name=self.name))
+        return Listener(self._listen, self._wait_for_hint, _abort, on_hint, self_test)
 
     def _listen(self) -> Link:
-        link = self.connect()
+        link = self._connect_to(self.listen_url or self._url)
         link.execute(f"LISTEN {CHANNEL}")
         return _Ear(link)
 
+    def _wait_for_hint(self, link: Link, timeout_s: float) -> str | None:
+        assert isinstance(link, _Ear)
+        heard = link.connection.notifies(timeout=timeout_s, stop_after=1)
+        return next((notification.payload for notification in heard), None)
+
     def _hint(self, link: Link) -> None:
         # Not in the transaction of the work itself: notifying commits queue up behind one lock of the server.
-        link.execute(f"NOTIFY {CHANNEL}")
+        _say(HINT, link)
 
     def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
         del renew_until
@@ -265,11 +283,6 @@ class PostgresqlStore(ServerStore):
         raise NotImplementedError  # part of the one statement
 
 
-def _wait_for_hint(link: Link) -> bool:
-    assert isinstance(link, _Ear)
-    return any(True for _ in link.connection.notifies(timeout=LISTEN_SLICE_S, stop_after=1))
-
-
 def _abort(link: Link) -> None:
     assert isinstance(link, _Ear)
     link.cut_off()
@@ -278,6 +291,10 @@ def _abort(link: Link) -> None:
 @cache
 def _guard(lock_wait: str) -> ColumnElement[bool]:
     return func.set_config("lock_timeout", lock_wait, True) != ""
+
+
+def _say(word: str, link: Link) -> None:
+    link.execute("SELECT pg_notify(%s, %s)", (CHANNEL, word))
 
 
 def _preparing(url: URL) -> tuple[bool, int | None]:

@@ -681,6 +681,11 @@ class Store(ABC):
         if listener is not None:
             listener.stop()
 
+    @property
+    def is_deaf(self) -> bool:
+        """Whether other processes' hints are known not to come through, so that looking must do."""
+        return self._listener is not None and self._listener.is_deaf
+
     def _make_listener(self, on_hint: Callable[[], None]) -> Listener | None:
         """What hears hints on this database, if anything does."""
         del on_hint

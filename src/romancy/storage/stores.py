@@ -6,17 +6,29 @@ from collections.abc import Sequence
 
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from romancy.storage.address import Address, SqliteAddress
+from romancy.errors import ConfigurationError
+from romancy.storage.address import Address, ServerAddress, SqliteAddress
 from romancy.storage.queries import Queries
 from romancy.storage.store import Store
 
 
-def make_store(address: Address, workflow_names: Sequence[str]) -> Store:
+def make_store(address: Address, workflow_names: Sequence[str], listen_on: Address | None = None) -> Store:
     """The store of this database, not open yet.
 
+    Args:
+        address: where the database is.
+        workflow_names: the workflows that this app can run.
+        listen_on: where hints are heard, if not at the same address.
+
     Raises:
+        ConfigurationError: ``listen_on`` is given where it means nothing.
         MissingDriverError: its driver is not installed.
     """
+    if listen_on is not None and not (_is_postgresql(address) and _is_postgresql(listen_on)):
+        raise ConfigurationError(
+            f"listen_on={str(listen_on)!r} is for PostgreSQL behind a pooler: an address of the same database that "
+            f"leads to the server directly"
+        )
     # Each kind is imported where it is needed: the drivers of the others may not be there.
     if isinstance(address, SqliteAddress):
         from romancy.storage.sqlite import SqliteStore  # noqa: PLC0415
@@ -25,10 +37,17 @@ def make_store(address: Address, workflow_names: Sequence[str]) -> Store:
     if address.kind == "postgresql":
         from romancy.storage.postgresql import PostgresqlStore  # noqa: PLC0415
 
-        return PostgresqlStore(address, workflow_names)
+        store = PostgresqlStore(address, workflow_names)
+        if isinstance(listen_on, ServerAddress):
+            store.listen_url = listen_on.url
+        return store
     from romancy.storage.mysql import MysqlStore  # noqa: PLC0415
 
     return MysqlStore(address, workflow_names)
+
+
+def _is_postgresql(address: Address) -> bool:
+    return isinstance(address, ServerAddress) and address.kind == "postgresql"
 
 
 def make_queries(store: Store) -> Queries:
