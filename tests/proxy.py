@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections when it is told to."""
+"""A TCP proxy that breaks connections, or lets their bytes vanish, when it is told to."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Proxy:
     Attributes:
         address: where it listens, as ``host:port``.
         cuts: how many connections it has broken.
+        stalls: how many connections it has stalled by :meth:`stall_at`.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -23,13 +24,16 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.cuts = 0
+        self.stalls = 0
         self._lock = threading.Lock()
         self._left: int | None = None
         self._when: When = "before"
         self._containing = b""
         self._is_away = False
+        self._stalls_next = False
+        self._stalls_all = threading.Event()
+        self._silent: set[socket.socket] = set()
         self._open: set[socket.socket] = set()
-        self._stalled: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_at(self, request: int, when: When, containing: bytes = b"") -> None:
@@ -41,7 +45,25 @@ class Proxy:
             containing: only requests with these bytes count, such as ``b"COMMIT"``.
         """
         with self._lock:
-            self._left, self._when, self._containing = request, when, containing
+            self._left, self._when, self._containing, self._stalls_next = request, when, containing, False
+
+    def stall_at(self, request: int, when: When) -> None:
+        """Let all bytes of one connection vanish from its N-th request from now on; it stays open, and silent.
+
+        Args:
+            request: counted over all connections.
+            when: the request vanishes, too; or only its answer, and all that follows.
+        """
+        with self._lock:
+            self._left, self._when, self._containing, self._stalls_next = request, when, b"", True
+
+    def stall_all(self) -> None:
+        """Let all bytes vanish, of new connections as well; what is connected by then stays silent for ever."""
+        self._stalls_all.set()
+
+    def pass_on(self) -> None:
+        """Serve new connections again."""
+        self._stalls_all.clear()
 
     def spare(self) -> None:
         """Break nothing more."""
@@ -59,7 +81,7 @@ class Proxy:
 
     def stall(self) -> None:
         """Let all bytes vanish that come over the connections of now, which stay open."""
-        self._stalled |= self._open
+        self._silent |= self._open
 
     def close(self) -> None:
         """Break everything and listen no more."""
@@ -78,6 +100,7 @@ class Proxy:
                 if server is None:
                     _close(client)
                     continue
+                self._is_silent(client)
                 self._open |= {client, server}
                 threading.Thread(target=self._to_server, args=(client, server), daemon=True).start()
                 threading.Thread(target=self._to_client, args=(client, server), daemon=True).start()
@@ -91,32 +114,46 @@ class Proxy:
     def _to_server(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 20):
-                if client in self._stalled:
+                if self._is_silent(client):
                     continue
-                when = self._verdict(data)
-                if when == "before":
+                verdict = self._verdict(data)
+                if verdict == "stall before":
+                    self._silent.add(client)
+                    continue
+                if verdict == "stall after":
+                    self._silent.add(client)
+                if verdict == "before":
                     break
-                if when == "after":
+                if verdict == "after":
                     # Whoever reads the answers must not pass this one on.
                     _close(client)
                     server.sendall(data)
                     server.shutdown(socket.SHUT_WR)
                     return
                 server.sendall(data)
+        if self._is_silent(client):
+            return  # nor does the server hear that its client has gone
         _close(client)
         _close(server)
 
     def _to_client(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 20):
-                if server in self._stalled:
+                if self._is_silent(client):
                     continue
                 with contextlib.suppress(OSError):
                     client.sendall(data)
+        if self._is_silent(client):
+            return
         _close(client)
         _close(server)
 
-    def _verdict(self, data: bytes) -> When | None:
+    def _is_silent(self, client: socket.socket) -> bool:
+        if self._stalls_all.is_set():
+            self._silent.add(client)
+        return client in self._silent
+
+    def _verdict(self, data: bytes) -> str | None:
         with self._lock:
             if self._left is None or self._containing not in data:
                 return None
@@ -124,6 +161,9 @@ class Proxy:
             if self._left > 0:
                 return None
             self._left = None
+            if self._stalls_next:
+                self.stalls += 1
+                return f"stall {self._when}"
             self.cuts += 1
             return self._when
 

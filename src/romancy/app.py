@@ -172,7 +172,7 @@ class App:
             raise InstanceStateError("this app is running already: start it once, or make another App")
         self._catalogue = self._workflows or DEFAULT_CATALOGUE
         self._known = self._catalogue.workflows
-        self._store = make_store(self.address, list(self._known), self._listen_on)
+        self._store = make_store(self.address, list(self._known), self._listen_on, self.lease_ttl_s)
         await asyncio.to_thread(self._store.open, self._auto_migrate)
         self._clock = self._store.workflow_clock = self._given_clock or self._store.clock
         self._process_id = os.getpid()
@@ -234,7 +234,10 @@ class App:
             self._poll_wanted.set()
             tasks.append(self._poller)
         if tasks:
-            await asyncio.wait(tasks)
+            _, stuck = await asyncio.wait(tasks, timeout=LONGEST_FAREWELL_S)
+            if stuck:
+                self._store.cut_all()
+                await asyncio.wait(stuck, timeout=LONGEST_FAREWELL_S)
         self._poller = None
         self._outcomes.fail_all(stopped)
         await self._queries.dispose()

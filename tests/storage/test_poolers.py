@@ -196,7 +196,7 @@ async def test_prepare_threshold_that_is_none_of_these(postgresql_url: str) -> N
 async def test_locks_are_not_waited_for_for_ever(
     postgresql_url: str, pooled_url: str, is_pooled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(postgresql, "MOST_LOCK_WAIT_S", 0.05)
     async with App(pooled_url if is_pooled else postgresql_url) as app:
         assert app._worker is not None
         worker_id = app._worker.worker_id

@@ -85,7 +85,7 @@ class ActivityRunner:
         self._base_context: Context = copy_context()
         self._running: set[Attempt] = set()
         self._queue: deque[Attempt] = deque()
-        self._endings: set[asyncio.Task[None]] = set()
+        self._endings: dict[asyncio.Task[None], ActivityTransaction] = {}
         self._random = Random()
         self._is_stopping = False
         self._threads = ThreadPoolExecutor(threads, "romancy-activity")
@@ -165,6 +165,7 @@ class ActivityRunner:
         """See :class:`romancy.engine.attempt.Attempts`."""
         attempt.timed_out = error
         handle = attempt.handle
+        self.loop.call_later(LONGEST_ENDING_S, self._cut_if_stuck, attempt)
         if isinstance(handle, asyncio.Task):
             handle.cancel()
         elif handle is not None and not handle.cancel():
@@ -183,6 +184,14 @@ class ActivityRunner:
             attempt.instance.on_attempt_dropped(operation)  # and passed over when its turn comes
         else:
             attempt.handle.cancel()
+            self.loop.call_later(LONGEST_ENDING_S, self._cut_if_stuck, attempt)
+
+    @staticmethod
+    def _cut_if_stuck(attempt: Attempt) -> None:
+        """Drivers wait for the server's answer even when cancelled: let those hear an error who are to end."""
+        transaction = attempt.context.transaction
+        if transaction is not None and attempt.handle is not None and not attempt.handle.done():
+            transaction.cut()
 
     # -- ending ------------------------------------------------------------------------------------
 
@@ -257,7 +266,7 @@ class ActivityRunner:
             operation.attempt += 1
             attempt.instance.on_completed(operation, text, value, attempt.context.outgoing)
         else:
-            self._spawn(self._commit(attempt, transaction, text, value))
+            self._spawn(self._commit(attempt, transaction, text, value), transaction)
 
     def _on_raised(self, attempt: Attempt, error: BaseException) -> None:
         failure = self._failure_of_ours(attempt, error)
@@ -406,7 +415,7 @@ class ActivityRunner:
         if transaction is None:
             action()
         else:
-            self._spawn(self._roll_back(attempt, transaction, action))
+            self._spawn(self._roll_back(attempt, transaction, action), transaction)
 
     async def _roll_back(self, attempt: Attempt, transaction: ActivityTransaction, action: Any) -> None:
         self._warn_of_length(attempt.operation, transaction)
@@ -436,13 +445,13 @@ class ActivityRunner:
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.wrap_future(self._commit_threads.submit(function, *arguments))
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], transaction: ActivityTransaction) -> None:
         task = self.loop.create_task(coroutine)
-        self._endings.add(task)
+        self._endings[task] = transaction
         task.add_done_callback(self._on_ending_done)
 
     def _on_ending_done(self, task: asyncio.Task[None]) -> None:
-        self._endings.discard(task)
+        self._endings.pop(task, None)
         if not task.cancelled() and task.exception() is not None:
             logger.error("an activity's ending failed in an unforeseen way", exc_info=task.exception())
 
@@ -470,21 +479,31 @@ class ActivityRunner:
     async def close(self) -> None:
         """Cancel what still runs and wait a while for its transactions to end; threads are left to themselves."""
         self._is_stopping = True
-        for attempt in list(self._running):
+        attempts = list(self._running)
+        for attempt in attempts:
             attempt.is_given_up = True
             attempt.is_over = not isinstance(attempt.handle, asyncio.Task)
             if attempt.handle is not None:
                 attempt.handle.cancel()
         self._queue.clear()
-        tasks = [attempt.handle for attempt in self._running if isinstance(attempt.handle, asyncio.Task)]
+        tasks = [attempt.handle for attempt in attempts if isinstance(attempt.handle, asyncio.Task)]
         if tasks:
             await asyncio.wait(tasks, timeout=LONGEST_ENDING_S)
+        for attempt in attempts:
+            self._cut_if_stuck(attempt)
+        if stuck := [task for task in tasks if not task.done()]:
+            await asyncio.wait(stuck, timeout=LONGEST_ENDING_S)
         await asyncio.sleep(0)
+        await self._wait_for_endings()
+        for ending, transaction in list(self._endings.items()):
+            logger.warning("an activity's transaction has not ended within %.0f s; it is cut off", LONGEST_ENDING_S)
+            transaction.cut()
+            ending.cancel()
+        await self._wait_for_endings()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._commit_threads.shutdown(wait=False)
+
+    async def _wait_for_endings(self) -> None:
         deadline = self.loop.time() + LONGEST_ENDING_S
         while self._endings and self.loop.time() < deadline:
             await asyncio.wait(set(self._endings), timeout=deadline - self.loop.time())
-        for ending in self._endings:
-            logger.warning("an activity's transaction has not ended within %.0f s; it is left behind", LONGEST_ENDING_S)
-            ending.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._commit_threads.shutdown(wait=False)

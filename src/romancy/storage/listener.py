@@ -22,6 +22,7 @@ from romancy.storage.threads import Link
 logger = logging.getLogger("romancy.storage")
 
 RECONNECT_WAIT_S = 1.0
+LONGEST_STOP_S = 2.0
 CALL_INTERVAL_S = 60.0
 LONGEST_ECHO_S = 5.0
 LONGEST_WAIT_S = 20.0
@@ -91,13 +92,13 @@ class Listener:
         self._thread.start()
 
     def stop(self) -> None:
-        """Listen no more. Blocks until the thread has ended."""
+        """Listen no more. Blocks until the thread has ended; not for long, if it can't, for it is connecting."""
         self._is_stopped.set()
         link = self._link
         if link is not None:
             with contextlib.suppress(Exception):
                 self._abort(link)
-        self._thread.join()
+        self._thread.join(LONGEST_STOP_S)
 
     def _run(self) -> None:
         while not self._is_stopped.is_set():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,12 +14,13 @@ from sqlalchemy.dialects import mysql as mysql_dialect
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, SchemaError
 from romancy.storage.address import ServerAddress
 from romancy.storage.failures import NotOwnedError
-from romancy.storage.listener import HINT, Listener
+from romancy.storage.listener import HINT, LONGEST_WAIT_S, Listener
 from romancy.storage.rows import StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
-from romancy.storage.server import CONNECT_TIMEOUT_S, IDLE_TRANSACTION_S, LOCK_WAIT_S, ServerStore
+from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_IDLE_S, MOST_LOCK_WAIT_S, ServerLink, ServerStore
 from romancy.storage.statements import ManyRows, insert_into
 from romancy.storage.threads import Link
+from romancy.storage.watchdog import Line
 
 try:
     import pymysql
@@ -37,25 +38,23 @@ MIGRATION_LOCK = "romancy-migration"
 MIGRATION_WAIT_S = 60
 SLEEP = "SELECT /* romancy listens */ SLEEP"
 INTERRUPTED = 1317
-READ_TIMEOUT_S = 30
 _DIALECT = mysql_dialect.dialect(paramstyle="format")
 _NOW: ColumnElement[Any] = literal_column("CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)")
 
 
-class MysqlLink:
+class MysqlLink(ServerLink):
     """A PyMySQL connection that answers ``execute`` with a cursor."""
 
-    def __init__(self, connection: pymysql.connections.Connection[Any]) -> None:
+    def __init__(self, connection: pymysql.connections.Connection[Any], line: Line, patience_s: float) -> None:
+        super().__init__(line, patience_s)
         self.connection = connection
 
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
-        """See :class:`romancy.storage.threads.Link`."""
+    def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
         cursor = self.connection.cursor()
         cursor.execute(sql, tuple(parameters))
         return cursor
 
-    def close(self) -> None:
-        """See :class:`romancy.storage.threads.Link`."""
+    def _close(self) -> None:
         self.connection.close()
 
 
@@ -65,13 +64,16 @@ class MysqlStore(ServerStore):
     Args:
         address: where it is.
         workflow_names: the workflows that this app can run.
+        patience_s: see :class:`romancy.storage.server.ServerStore`.
     """
 
     begin = "START TRANSACTION"
     kind = "mysql"
 
-    def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
-        super().__init__(address, _DIALECT, workflow_names, _NOW)
+    def __init__(
+        self, address: ServerAddress, workflow_names: Sequence[str], patience_s: float = DEFAULT_PATIENCE_S
+    ) -> None:
+        super().__init__(address, _DIALECT, workflow_names, patience_s, _NOW)
         self._is_mariadb = True
         self._keyed_starts = ManyRows(
             insert_into(instances, StartRow._fields),
@@ -112,28 +114,55 @@ class MysqlStore(ServerStore):
                 )
 
     def connect(self) -> MysqlLink:
-        link = self._connect()
+        return self._set_up(self._connect())
+
+    def _connect_listener(self) -> MysqlLink:
+        return self._set_up(self._connect(LONGEST_WAIT_S))
+
+    def _set_up(self, link: MysqlLink) -> MysqlLink:
         settings = [
             "SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
-            f"SESSION innodb_lock_wait_timeout = {LOCK_WAIT_S}",
+            # Shorter than our patience: the server is to give up first.
+            f"SESSION innodb_lock_wait_timeout = {max(1, math.floor(min(MOST_LOCK_WAIT_S, self.patience_s / 2)))}",
             "SESSION time_zone = '+00:00'",
         ]
         if self._is_mariadb:
-            settings.append(f"SESSION idle_transaction_timeout = {IDLE_TRANSACTION_S}")
-        for setting in settings:
-            link.execute(f"SET {setting}")
+            settings.append(f"SESSION idle_transaction_timeout = {self.idle_transaction_s}")
+        try:
+            for setting in settings:
+                link.execute(f"SET {setting}")
+        except BaseException:
+            link.close()
+            raise
         return link
 
-    def _connect(self) -> MysqlLink:
+    def _connect(self, sleep_s: float = 0.0) -> MysqlLink:
         url = self.url(is_async=False)
         _, parameters = mysql_dialect.pymysql.dialect().create_connect_args(url)
         parameters["client_flag"] = parameters.get("client_flag", 0) | CLIENT.FOUND_ROWS
+        patience_s = self.patience_s + sleep_s
         options: dict[str, Any] = {
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "read_timeout": READ_TIMEOUT_S,
+            "connect_timeout": self.connect_timeout_s,
+            "read_timeout": patience_s,
+            "write_timeout": self.patience_s,
             "charset": "utf8mb4",
         }
-        return MysqlLink(pymysql.connect(autocommit=True, **{**options, **parameters}))
+        connection = pymysql.connect(autocommit=True, **{**options, **parameters})
+        return MysqlLink(connection, self._dog.hold(self._descriptor(connection)), patience_s)
+
+    def _connecting(self, options: dict[str, Any]) -> dict[str, Any]:
+        # The drivers' own timeout for connecting ends before the server has said a word.
+        return super()._connecting({"read_timeout": self.connect_timeout_s, **options})
+
+    def _on_connected(self, driver: Any, options: dict[str, Any]) -> None:
+        driver._read_timeout = options.get("read_timeout")
+
+    def _descriptor(self, connection: Any) -> int:
+        # asyncmy's is hidden in its transport.
+        transport = getattr(connection, "_transport", None)
+        end = connection._sock if transport is None else transport.get_extra_info("socket")
+        descriptor: int = end.fileno()
+        return descriptor
 
     def url(self, *, is_async: bool) -> URL:
         kind = "mariadb" if self._is_mariadb else "mysql"
@@ -152,19 +181,23 @@ class MysqlStore(ServerStore):
             connection.execute(text("SELECT RELEASE_LOCK(:name)"), parameters)
 
     def set_up_sessions(self, engine: Engine) -> None:
+        self._set_idle_time(engine)
+        super().set_up_sessions(engine)
+
+    def _set_idle_time(self, engine: Engine) -> None:
         if not self._is_mariadb:
             return
 
         @event.listens_for(engine, "connect")
         def on_connect(connection: Any, _record: Any) -> None:
             cursor = connection.cursor()
-            cursor.execute(f"SET SESSION idle_write_transaction_timeout = {IDLE_TRANSACTION_S}")
+            cursor.execute(f"SET SESSION idle_write_transaction_timeout = {round(MOST_IDLE_S)}")
             cursor.close()
 
     # -- hints -------------------------------------------------------------------------------------
 
     def _make_listener(self, on_hint: Callable[[], None]) -> Listener:
-        return Listener(self._connect, self._wait_for_hint, _abort, on_hint)
+        return Listener(self._connect_listener, self._wait_for_hint, _abort, on_hint)
 
     def _wait_for_hint(self, link: Link, timeout_s: float) -> str | None:
         # Neither server has a call that waits for news; but whoever sleeps can be woken, see _hint.
@@ -205,5 +238,4 @@ class MysqlStore(ServerStore):
 
 def _abort(link: Link) -> None:
     assert isinstance(link, MysqlLink)
-    raw: Any = link.connection
-    raw._sock.shutdown(socket.SHUT_RDWR)
+    link.line.cut()

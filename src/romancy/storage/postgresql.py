@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
@@ -18,9 +17,10 @@ from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.listener import HINT, Listener, SelfTest
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
-from romancy.storage.server import CONNECT_TIMEOUT_S, IDLE_TRANSACTION_S, LOCK_WAIT_S, ServerStore
+from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, ServerLink, ServerStore
 from romancy.storage.store import fenced
 from romancy.storage.threads import Link
+from romancy.storage.watchdog import Line, answered_within
 
 try:
     import psycopg
@@ -52,7 +52,7 @@ _TYPES = {"run": "int", "claims": "int", "seq": "int", "position": "int", "attem
 )
 
 
-class PostgresqlLink:
+class PostgresqlLink(ServerLink):
     """A psycopg connection, or one of a pooler's that leads to another server connection in each transaction.
 
     Nothing is ever set for a session, for a pooler would hand it to somebody else: what a transaction needs it sets
@@ -60,37 +60,19 @@ class PostgresqlLink:
     the same name may stand for another client's statement.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], line: Line, patience_s: float) -> None:
+        super().__init__(line, patience_s)
         self.connection = connection
 
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
-        """See :class:`romancy.storage.threads.Link`."""
+    def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
         return self.connection.execute(sql.encode(), parameters)
 
     def execute_together(self, statements: str) -> None:
         """Run several statements, separated by semicolons, in one round trip."""
-        self.connection.execute(statements.encode(), (), prepare=False)
+        with answered_within(self.line, self._patience_s):
+            self.connection.execute(statements.encode(), (), prepare=False)
 
-    def close(self) -> None:
-        """See :class:`romancy.storage.threads.Link`."""
-        self.connection.close()
-
-
-class _Ear:
-    """A connection that listens, and can be cut off by another thread in the middle of it."""
-
-    def __init__(self, link: PostgresqlLink) -> None:
-        self.connection = link.connection
-        self.execute = link.execute
-        self._socket = socket.fromfd(self.connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
-
-    def cut_off(self) -> None:
-        """Make whoever waits for this connection find it at its end."""
-        self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """See :class:`romancy.storage.threads.Link`."""
-        self._socket.close()
+    def _close(self) -> None:
         self.connection.close()
 
 
@@ -100,6 +82,7 @@ class PostgresqlStore(ServerStore):
     Args:
         address: where it is.
         workflow_names: the workflows that this app can run.
+        patience_s: see :class:`romancy.storage.server.ServerStore`.
 
     Attributes:
         listen_url: where hints are heard, if not at the same address.
@@ -107,16 +90,19 @@ class PostgresqlStore(ServerStore):
 
     kind = "postgresql"
 
-    def __init__(self, address: ServerAddress, workflow_names: Sequence[str]) -> None:
-        lock_wait = f"{LOCK_WAIT_S}s"
-        super().__init__(address, _DIALECT, workflow_names, _NOW, _guard(lock_wait))
+    def __init__(
+        self, address: ServerAddress, workflow_names: Sequence[str], patience_s: float = DEFAULT_PATIENCE_S
+    ) -> None:
+        # Shorter than our patience: the server is to give up first.
+        lock_wait = f"{round(min(MOST_LOCK_WAIT_S, patience_s / 2) * 1_000)}ms"
+        super().__init__(address, _DIALECT, workflow_names, patience_s, _NOW, _guard(lock_wait))
         self._is_preparing_given, self._prepare_after = _preparing(address.url)
         self._url = address.url.difference_update_query([PREPARING])
         self.listen_url: URL | None = None
         self._is_read_committed = True
         self._begin_together = (
             f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{lock_wait}'; "
-            f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'"
+            f"SET LOCAL idle_in_transaction_session_timeout = '{self.idle_transaction_s}s'"
         )
         bounded = f"set_config('lock_timeout', '{lock_wait}', true)"
         self._flush_as_client = _flush_statement(f"SELECT {bounded}")
@@ -159,7 +145,7 @@ class PostgresqlStore(ServerStore):
 
     def _connect_to(self, url: URL) -> PostgresqlLink:
         query = url.difference_update_query([PREPARING]).query
-        options = {"connect_timeout": str(CONNECT_TIMEOUT_S), **query}
+        options = {"connect_timeout": str(self.connect_timeout_s), **query}
         parameters: dict[str, Any] = {
             "host": url.host,
             "port": url.port,
@@ -171,13 +157,18 @@ class PostgresqlStore(ServerStore):
         connection = psycopg.connect(
             autocommit=True, **{key: value for key, value in parameters.items() if value is not None}
         )
+        link = PostgresqlLink(connection, self._dog.hold(self._descriptor(connection)), self.patience_s)
         try:
-            row: Any = connection.execute(WHO_SERVES).fetchone()
+            (pid,) = link.execute(WHO_SERVES).fetchone()
         except BaseException:
-            connection.close()
+            link.close()
             raise
-        connection.prepare_threshold = self._prepare_threshold(connection, row[0])
-        return PostgresqlLink(connection)
+        connection.prepare_threshold = self._prepare_threshold(connection, pid)
+        return link
+
+    def _descriptor(self, connection: Any) -> int:
+        descriptor: int = connection.pgconn.socket
+        return descriptor
 
     def _prepare_threshold(self, connection: psycopg.BaseConnection[Any], pid: int) -> int | None:
         """After how many executions the driver may prepare a statement; ``None`` behind a pooler.
@@ -196,10 +187,7 @@ class PostgresqlStore(ServerStore):
     def migration_options(self) -> dict[str, Any]:
         return {"connect_args": {"prepare_threshold": None}}
 
-    def set_up_sessions(self, engine: Engine) -> None:
-        self.set_up_reading(engine)
-
-    def set_up_reading(self, engine: Engine) -> None:
+    def _watch_engine(self, engine: Engine, limit_s: float | None) -> None:
         @event.listens_for(engine, "connect")
         def on_connect(connection: Any, _record: Any) -> None:
             driver = getattr(connection, "driver_connection", connection)
@@ -209,6 +197,8 @@ class PostgresqlStore(ServerStore):
             cursor.close()
             connection.rollback()
             driver.prepare_threshold = self._prepare_threshold(driver, pid)
+
+        super()._watch_engine(engine, limit_s)
 
     @contextlib.contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:
@@ -259,10 +249,10 @@ class PostgresqlStore(ServerStore):
     def _listen(self) -> Link:
         link = self._connect_to(self.listen_url or self._url)
         link.execute(f"LISTEN {CHANNEL}")
-        return _Ear(link)
+        return link
 
     def _wait_for_hint(self, link: Link, timeout_s: float) -> str | None:
-        assert isinstance(link, _Ear)
+        assert isinstance(link, PostgresqlLink)
         heard = link.connection.notifies(timeout=timeout_s, stop_after=1)
         return next((notification.payload for notification in heard), None)
 
@@ -272,7 +262,12 @@ class PostgresqlStore(ServerStore):
 
     def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
         del renew_until
-        found = connection.execute(_RECORD, {"me": worker_id, "event": _as_json(HistoryRow._fields, [event])}).first()
+        parameters = {
+            "me": worker_id,
+            "event": _as_json(HistoryRow._fields, [event]),
+            "idle": f"{self.idle_transaction_s}s",
+        }
+        found = connection.execute(_RECORD, parameters).first()
         if found is None:
             raise fenced(worker_id)
 
@@ -284,8 +279,8 @@ class PostgresqlStore(ServerStore):
 
 
 def _abort(link: Link) -> None:
-    assert isinstance(link, _Ear)
-    link.cut_off()
+    assert isinstance(link, PostgresqlLink)
+    link.line.cut()
 
 
 @cache
@@ -348,5 +343,5 @@ _RECORD = text(
     f"INSERT INTO {history.name} ({', '.join(HistoryRow._fields)}) SELECT {', '.join(HistoryRow._fields)} "
     f"FROM {_recordset(HistoryRow._fields, ':event')} "
     f"WHERE EXISTS (SELECT FROM fence) "
-    f"RETURNING set_config('idle_in_transaction_session_timeout', '{IDLE_TRANSACTION_S}s', true)"
+    "RETURNING set_config('idle_in_transaction_session_timeout', :idle, true)"
 )

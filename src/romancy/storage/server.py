@@ -1,15 +1,18 @@
-"""What the databases on servers have in common: SQLAlchemy's engines, and tables made under a lock."""
+"""What the databases on servers have in common: connections that are watched, and tables made under a lock."""
 
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
+import math
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, NullPool, create_engine
+from sqlalchemy import ColumnElement, Connection, Engine, NullPool, create_engine, event
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.exc import InvalidatePoolError
 
 from romancy.clock import DatabaseClock
 from romancy.storage.address import ServerAddress
@@ -18,13 +21,58 @@ from romancy.storage.migrate import ensure_server_schema
 from romancy.storage.schema import SCHEMA_VERSION, VERSION_TABLE
 from romancy.storage.store import Store
 from romancy.storage.threads import Link
+from romancy.storage.watchdog import Line, Watchdog, answered_within
 
-CONNECT_TIMEOUT_S = 10
-LOCK_WAIT_S = 5
-"""The engine's own transactions are short; what waits longer for a lock is tried again."""
+DEFAULT_PATIENCE_S = 10.0
+SHORTEST_PATIENCE_S = 3.0
+"""A busy server may well need a second, however short the lease."""
 
-IDLE_TRANSACTION_S = 10
-"""A transaction that has checked the fence and falls silent, for its process was stopped, must not hold up others."""
+LONGEST_READ_S = 60.0
+"""Queries of users may have to look at a whole table."""
+
+MOST_CONNECT_S = 10.0
+MOST_LOCK_WAIT_S = 5.0
+MOST_IDLE_S = 10.0
+LINE = "romancy_line"
+_IS_NEW = "romancy_is_new"
+
+
+class ServerLink(ABC):
+    """A driver connection of the engine's own; a statement that is not answered in time breaks it.
+
+    Args:
+        line: the socket under it.
+        patience_s: how long a statement may take.
+    """
+
+    def __init__(self, line: Line, patience_s: float) -> None:
+        self.line = line
+        self._patience_s = patience_s
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """See :class:`romancy.storage.threads.Link`."""
+        line = self.line
+        line.deadline = time.monotonic() + self._patience_s
+        try:
+            return self._execute(sql, parameters)
+        finally:
+            line.deadline = None
+
+    @abstractmethod
+    def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
+        """Run one statement on the driver."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """End the driver's connection."""
+
+    def close(self) -> None:
+        """See :class:`romancy.storage.threads.Link`."""
+        try:
+            with answered_within(self.line, self._patience_s):
+                self._close()
+        finally:
+            self.line.close()
 
 
 class ServerStore(Store):
@@ -34,6 +82,8 @@ class ServerStore(Store):
         address: where it is.
         dialect: its SQL.
         workflow_names: the workflows that this app can run.
+        patience_s: how long a statement of the engine's own may take: as long as the lease, for what is not written
+            by then is another worker's to write.
         server_time: what asks the server for its time.
         guard: see :class:`romancy.storage.statements.Statements`.
     """
@@ -43,11 +93,79 @@ class ServerStore(Store):
         address: ServerAddress,
         dialect: Dialect,
         workflow_names: Sequence[str],
+        patience_s: float,
         server_time: ColumnElement[Any],
         guard: ColumnElement[bool] | None = None,
     ) -> None:
         super().__init__(str(address), dialect, workflow_names, "%s", DatabaseClock(), server_time, guard)
         self.address = address
+        self.patience_s = patience_s
+        self.watchdog = self._dog = Watchdog(patience_s)
+
+    @property
+    def connect_timeout_s(self) -> int:
+        """How long making a connection may take."""
+        return math.ceil(min(self.patience_s, MOST_CONNECT_S))
+
+    @property
+    def idle_transaction_s(self) -> int:
+        """A transaction that has checked the fence and falls silent must not hold up others for longer."""
+        return math.ceil(min(self.patience_s, MOST_IDLE_S))
+
+    def open(self, migrate: bool) -> None:
+        self._dog.start()
+        super().open(migrate)
+
+    def close(self) -> None:
+        super().close()
+        self._dog.stop()
+
+    @abstractmethod
+    def _descriptor(self, connection: Any) -> int:
+        """The socket's descriptor of one of the drivers' connections."""
+
+    def _connecting(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The driver's options, with a bound for the time that connecting may take."""
+        return {"connect_timeout": self.connect_timeout_s, **options}
+
+    def _on_connected(self, driver: Any, options: dict[str, Any]) -> None:
+        """Take back what is to hold while connecting only."""
+        del driver, options
+
+    def _watch_engine(self, engine: Engine, limit_s: float | None) -> None:
+        """Bound what SQLAlchemy asks by itself on this engine's connections; and with a limit, all between taking one
+        from the pool and giving it back."""
+
+        @event.listens_for(engine, "do_connect")
+        def do_connect(dialect: Dialect, record: Any, arguments: Any, options: Any) -> Any:
+            connection = dialect.connect(*arguments, **self._connecting(options))
+            driver = getattr(connection, "driver_connection", connection)
+            self._on_connected(driver, options)
+            line = self._dog.hold(self._descriptor(driver))
+            line.deadline = time.monotonic() + self.patience_s
+            record.info[LINE] = line
+            return connection
+
+        @event.listens_for(engine, "connect")
+        def on_connect(_connection: Any, record: Any) -> None:
+            record.info[LINE].deadline = None
+            record.info[_IS_NEW] = True
+
+        @event.listens_for(engine, "checkout")
+        def on_checkout(connection: Any, record: Any, _proxy: Any) -> None:
+            line: Line = record.info[LINE]
+            if not record.info.pop(_IS_NEW, False):
+                # A server, or a proxy before it, may have closed a connection that lay idle, or let it go stale.
+                with answered_within(line, self.patience_s):
+                    _ping(engine.dialect, connection)
+            if limit_s is not None:
+                line.deadline = time.monotonic() + limit_s
+
+        @event.listens_for(engine, "checkin")
+        def on_checkin(_connection: Any, record: Any) -> None:
+            line: Line | None = record.info.get(LINE)
+            if line is not None:
+                line.deadline = None
 
     @abstractmethod
     def check(self, link: Link) -> None:
@@ -91,14 +209,27 @@ class ServerStore(Store):
         return {}
 
     def session_options(self) -> dict[str, Any]:
-        # A server, or a proxy before it, may have closed a connection that lay idle.
-        return {"isolation_level": "READ COMMITTED", "pool_pre_ping": True, "pool_size": 10, "max_overflow": 20}
+        return {"isolation_level": "READ COMMITTED", "pool_size": 10, "max_overflow": 20}
 
     def set_up_sessions(self, engine: Engine) -> None:
-        del engine
+        self._watch_engine(engine, None)
 
     def set_up_reading(self, engine: Engine) -> None:
-        del engine
+        self._watch_engine(engine, max(LONGEST_READ_S, self.patience_s))
+
+    def line_of(self, connection: Connection) -> Line | None:
+        line: Line | None = connection.info.get(LINE)
+        return line
+
+
+def _ping(dialect: Dialect, connection: Any) -> None:
+    """Let the pool make another connection if this one is of no more use."""
+    try:
+        dialect.do_ping(connection)
+    except Exception as error:
+        if not is_driver_error(error):
+            raise
+        raise InvalidatePoolError from error
 
 
 def _version_if_any(link: Link) -> str | None:

@@ -6,8 +6,9 @@ the recorded outcome and the check of the worker's fence; it commits once, or no
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -21,6 +22,7 @@ from romancy.storage.failures import database_error, is_lost
 from romancy.storage.mail import Mail, Post
 from romancy.storage.rows import HistoryRow
 from romancy.storage.store import Store
+from romancy.storage.watchdog import Line, answered_within
 
 LONG_TRANSACTION_S = 1.0
 
@@ -68,6 +70,7 @@ class ActivityTransaction:
         self._connection: Connection | None = None
         self._session: AsyncSession | Session | None = None
         self._opened_at = 0.0
+        self._is_flushing = False
         self._is_committing = False
         self._is_committed = False
         self.after_commit: list[Callable[[], None]] = []
@@ -89,6 +92,20 @@ class ActivityTransaction:
     def is_used(self) -> bool:
         """Whether anybody asked for the session."""
         return self._session is not None
+
+    @property
+    def _line(self) -> Line | None:
+        connection = self._connection
+        if connection is None or connection.closed or connection.invalidated:
+            return None
+        return self._engines.store.line_of(connection)
+
+    def cut(self) -> None:
+        """Break the connection, so that whoever waits for the server gets an error. From any thread."""
+        with contextlib.suppress(SQLAlchemyError):  # it is being given back at this moment
+            line = self._line
+            if line is not None:
+                line.cut()
 
     @property
     def open_for_s(self) -> float:
@@ -143,6 +160,7 @@ class ActivityTransaction:
             self._connection = connection
             self._opened_at = time.monotonic()
             event.listen(connection, "commit", self._on_commit)
+            event.listen(connection, "before_cursor_execute", self._on_statement)
         return self._connection
 
     def _on_commit(self, _connection: Connection) -> None:
@@ -152,18 +170,37 @@ class ActivityTransaction:
                 "session.commit() ends a savepoint, connection().commit() is not for activities"
             )
 
+    def _on_statement(self, *_: Any) -> None:
+        line = self._line if self._is_flushing else None
+        if line is not None:
+            line.deadline = time.monotonic() + self._engines.store.patience_s
+
+    @contextlib.contextmanager
+    def _flushing(self) -> Iterator[None]:
+        """The activity is over, and its timeout with it: each statement has the engine's time from here on."""
+        self._is_flushing = True
+        try:
+            yield
+        finally:
+            self._is_flushing = False
+            line = self._line
+            if line is not None:
+                line.deadline = None
+
     async def flush(self) -> None:
         """Send what the session still holds back to the database, so that its errors count for the activity."""
         session = self._session
-        if isinstance(session, AsyncSession):
-            await session.commit()
-        elif session is not None:
-            session.commit()
+        with self._flushing():
+            if isinstance(session, AsyncSession):
+                await session.commit()
+            elif session is not None:
+                session.commit()
 
     def flush_in_thread(self) -> None:
         """The same for the session of a plain ``def``."""
         assert isinstance(self._session, Session)
-        self._session.commit()
+        with self._flushing():
+            self._session.commit()
 
     async def commit(
         self, worker_id: str, event_row: HistoryRow, renew_until: int, outgoing: Sequence[Mail] = ()
@@ -187,9 +224,11 @@ class ActivityTransaction:
         assert connection is not None
         self._is_committing = True
         try:
-            self._record(connection, worker_id, event_row, renew_until)
-            post = self._engines.store.send_in(connection, outgoing) if outgoing else None
-            connection.commit()
+            # The user's own statements take as long as they take; these are the engine's.
+            with answered_within(self._line, self._engines.store.patience_s):
+                self._record(connection, worker_id, event_row, renew_until)
+                post = self._engines.store.send_in(connection, outgoing) if outgoing else None
+                connection.commit()
             self.post = post
             self._is_committed = True
         except (DatabaseError, IntegrityError):
@@ -218,7 +257,10 @@ class ActivityTransaction:
         if self.is_over:
             return
         self.is_over = True
-        session, connection = self._session, self._connection
+        with answered_within(self._line, self._engines.store.patience_s):
+            self._close_all(self._session, self._connection)
+
+    def _close_all(self, session: AsyncSession | Session | None, connection: Connection | None) -> None:
         try:
             if isinstance(session, AsyncSession):
                 session.sync_session.close()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -48,10 +50,13 @@ from romancy.storage.rows import (
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.statements import MOST_ADDRESSEES, ManyRows, Prepared, insert_into, statements_for
 from romancy.storage.threads import ConnectionThread, Job, Link
+from romancy.storage.watchdog import Line, Watchdog
 
 logger = logging.getLogger("romancy.storage")
 
 T = TypeVar("T")
+
+LONGEST_CLOSE_S = 5.0
 
 
 class Store(ABC):
@@ -74,11 +79,15 @@ class Store(ABC):
         has_one_writer: whether an open transaction keeps all others from writing.
         workflow_clock: what workflows take for the time, and mail expires by; a test may put its own here.
         own_writes: counts what this store has written.
+        patience_s: how long a server may take for a statement of the engine's own.
+        watchdog: what breaks connections under statements that take longer.
     """
 
     begin = "BEGIN"
     kind: str
     has_one_writer = False
+    patience_s = math.inf
+    watchdog: Watchdog | None = None
 
     def __init__(
         self,
@@ -177,11 +186,29 @@ class Store(ABC):
         self.write_lock.give_up()
 
     def close(self) -> None:
-        """End both threads. Blocks until what was queued is done, or for a while."""
-        for thread in (self._writer, self._reader):
-            if thread is not None:
-                thread.close()
+        """End both threads. Blocks until what was queued is done, or for a while; then it is given up."""
+        threads = [thread for thread in (self._writer, self._reader) if thread is not None]
         self._writer = self._reader = None
+        for thread in threads:
+            thread.end()
+        deadline = time.monotonic() + LONGEST_CLOSE_S
+        if not all(thread.has_ended(deadline - time.monotonic()) for thread in threads):
+            for thread in threads:
+                thread.give_up()
+            self.cut_all()
+            deadline = time.monotonic() + LONGEST_CLOSE_S
+            for thread in threads:
+                thread.has_ended(deadline - time.monotonic())
+
+    def cut_all(self) -> None:
+        """Break all connections to the server: whoever waits for an answer gets an error instead."""
+        if self.watchdog is not None:
+            self.watchdog.cut_all()
+
+    def line_of(self, connection: Connection) -> Line | None:
+        """What is under a connection of SQLAlchemy's, where it can be broken from outside."""
+        del connection
+        return None
 
     # -- the group commit --------------------------------------------------------------------------
 

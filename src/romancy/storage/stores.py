@@ -9,16 +9,23 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from romancy.errors import ConfigurationError
 from romancy.storage.address import Address, ServerAddress, SqliteAddress
 from romancy.storage.queries import Queries
+from romancy.storage.server import DEFAULT_PATIENCE_S, SHORTEST_PATIENCE_S
 from romancy.storage.store import Store
 
 
-def make_store(address: Address, workflow_names: Sequence[str], listen_on: Address | None = None) -> Store:
+def make_store(
+    address: Address,
+    workflow_names: Sequence[str],
+    listen_on: Address | None = None,
+    patience_s: float = DEFAULT_PATIENCE_S,
+) -> Store:
     """The store of this database, not open yet.
 
     Args:
         address: where the database is.
         workflow_names: the workflows that this app can run.
         listen_on: where hints are heard, if not at the same address.
+        patience_s: how long a server may take for a statement of the engine's own.
 
     Raises:
         ConfigurationError: ``listen_on`` is given where it means nothing.
@@ -29,6 +36,7 @@ def make_store(address: Address, workflow_names: Sequence[str], listen_on: Addre
             f"listen_on={str(listen_on)!r} is for PostgreSQL behind a pooler: an address of the same database that "
             f"leads to the server directly"
         )
+    patience_s = max(patience_s, SHORTEST_PATIENCE_S)
     # Each kind is imported where it is needed: the drivers of the others may not be there.
     if isinstance(address, SqliteAddress):
         from romancy.storage.sqlite import SqliteStore  # noqa: PLC0415
@@ -37,13 +45,13 @@ def make_store(address: Address, workflow_names: Sequence[str], listen_on: Addre
     if address.kind == "postgresql":
         from romancy.storage.postgresql import PostgresqlStore  # noqa: PLC0415
 
-        store = PostgresqlStore(address, workflow_names)
+        store = PostgresqlStore(address, workflow_names, patience_s)
         if isinstance(listen_on, ServerAddress):
             store.listen_url = listen_on.url
         return store
     from romancy.storage.mysql import MysqlStore  # noqa: PLC0415
 
-    return MysqlStore(address, workflow_names)
+    return MysqlStore(address, workflow_names, patience_s)
 
 
 def _is_postgresql(address: Address) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
-T = TypeVar("T")
+from romancy.errors import DatabaseError
 
-LONGEST_CLOSE_S = 10.0
+T = TypeVar("T")
 
 
 class Link(Protocol):
@@ -43,6 +43,7 @@ class ConnectionThread:
         self._connect = connect
         self._is_lost = is_lost
         self._opened: Future[None] = Future()
+        self._is_given_up = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def open(self) -> Future[None]:
@@ -56,11 +57,19 @@ class ConnectionThread:
         self._jobs.put((outcome, job))
         return outcome
 
-    def close(self) -> None:
-        """Let the queued jobs end, then close the connection and the thread. Waits for that, but not for ever."""
+    def end(self) -> None:
+        """Let the queued jobs end, then close the connection and the thread."""
         self._jobs.put(None)
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether the thread has ended; waits for that so many seconds."""
         if self._thread.is_alive():
-            self._thread.join(LONGEST_CLOSE_S)
+            self._thread.join(max(timeout_s, 0))
+        return not self._thread.is_alive()
+
+    def give_up(self) -> None:
+        """Begin none of the queued jobs, and connect no more."""
+        self._is_given_up = True
 
     def _run(self) -> None:
         try:
@@ -74,6 +83,8 @@ class ConnectionThread:
             if not outcome.set_running_or_notify_cancel():
                 continue
             try:
+                if self._is_given_up:
+                    raise DatabaseError("the app shuts down, and the database does not answer")
                 if link is None:
                     link = self._connect()
                 result = job(link)
