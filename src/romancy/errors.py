@@ -36,6 +36,7 @@ The tree::
         ├── DatabaseReadOnlyError
         ├── DatabaseCorruptError
         ├── DatabaseFullError
+        ├── PacketTooLargeError     rows of one instance that the server does not take at once
         ├── DatabaseUnsafeError     a server that would lose what it has acknowledged
         ├── DatabaseUnavailableError
         ├── SchemaError             missing or outdated tables
@@ -290,6 +291,10 @@ class DatabaseCorruptError(DatabaseError):
 
 class DatabaseFullError(DatabaseError):
     """The disk (or the database's quota) is full."""
+
+
+class PacketTooLargeError(DatabaseError):
+    """A row is larger than what the server takes at once (``max_allowed_packet`` of MySQL and MariaDB)."""
 
 
 class DatabaseUnsafeError(DatabaseError):

@@ -67,9 +67,9 @@ async def test_unsafe_postgresql_is_refused(
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ({"VERSION()": ("5.7.44", 1)}, "MySQL 5.7.44 is too old: take 8.0"),
-        ({"VERSION()": ("10.5.1-MariaDB", 1)}, "MariaDB 10.5.1-MariaDB is too old: take 10.6"),
-        ({"VERSION()": ("10.11.1-MariaDB", 2)}, "innodb_flush_log_at_trx_commit is 2"),
+        ({"VERSION()": ("5.7.44", 1, 1 << 24)}, "MySQL 5.7.44 is too old: take 8.0"),
+        ({"VERSION()": ("10.5.1-MariaDB", 1, 1 << 24)}, "MariaDB 10.5.1-MariaDB is too old: take 10.6"),
+        ({"VERSION()": ("10.11.1-MariaDB", 2, 1 << 24)}, "innodb_flush_log_at_trx_commit is 2"),
         ({"SELECT table_name, engine": ("romancy_history", "MyISAM")}, "ALTER TABLE romancy_history ENGINE = InnoDB"),
     ],
 )

@@ -55,6 +55,7 @@ PUBLIC = [
     "MessageTimeoutError",
     "NonDeterminismError",
     "NotInActivityError",
+    "PacketTooLargeError",
     "PayloadTooLargeError",
     "PendingActivity",
     "ResultTimeoutError",

@@ -23,6 +23,7 @@ from romancy.errors import (
     ActivityTimeoutError,
     DatabaseError,
     FencedError,
+    PacketTooLargeError,
     RomancyError,
     SerializationError,
     TerminalError,
@@ -222,7 +223,7 @@ class ActivityRunner:
         """Roll back what a thread has left behind that ended when nobody waited for it any more."""
         transaction = attempt.context.transaction
         if transaction is not None:
-            Thread(target=transaction.close_in_thread, name="romancy-late", daemon=True).start()
+            Thread(target=_close_quietly, args=(transaction,), name="romancy-late", daemon=True).start()
 
     def _on_task_done(self, attempt: Attempt, task: asyncio.Task[Any]) -> None:
         self._leave(attempt)
@@ -358,7 +359,7 @@ class ActivityRunner:
                 await self._in_thread(transaction.commit_in_thread, *arguments)
         except FencedError as error:
             self.host.on_fenced(error)
-        except HistoryConflictError as error:
+        except (HistoryConflictError, PacketTooLargeError) as error:
             attempt.instance.on_refused(error)
         except IntegrityError as error:
             operation.attempt -= 1
@@ -507,3 +508,10 @@ class ActivityRunner:
         deadline = self.loop.time() + LONGEST_ENDING_S
         while self._endings and self.loop.time() < deadline:
             await asyncio.wait(set(self._endings), timeout=deadline - self.loop.time())
+
+
+def _close_quietly(transaction: ActivityTransaction) -> None:
+    try:
+        transaction.close_in_thread()
+    except Exception as error:
+        logger.debug("a session that nobody waited for any more closed with an error: %s", error)

@@ -106,7 +106,9 @@ class LiveInstance(ReplayedRun):
         "_blocked",
         "_ending",
         "_gate",
+        "_has_ended",
         "_host",
+        "_is_end_refused",
         "_is_in_code",
         "_is_waiting_for_commit",
         "_is_wake_stale",
@@ -129,6 +131,8 @@ class LiveInstance(ReplayedRun):
         self._requests: list[Delivery] | None = None
         self._parent_id = row.parent_id
         self._successor: LiveInstance | None = None
+        self._has_ended = False
+        self._is_end_refused = False
         self._blocked: list[tuple[int, ActivityOperation]] = []
         self._is_waiting_for_commit = False
         self._is_in_code = False
@@ -544,8 +548,13 @@ class LiveInstance(ReplayedRun):
         if self._parent_id is not None:
             host.writer.record_mail(self, [outcome_mail(host.new_mail_id(), self._parent_id, state)])
         ticket = host.writer.record(self, event, state)
+        self._has_ended = True
         self._leave_memory()
-        host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
+        host.writer.when_durable(ticket, partial(self._on_end_written, state))
+
+    def _on_end_written(self, state: StateRow) -> None:
+        if not self._is_end_refused:
+            self._host.on_ended(self, state)
 
     # -- further runs ------------------------------------------------------------------------------
 
@@ -576,8 +585,10 @@ class LiveInstance(ReplayedRun):
 
     def park(self, error: BaseException) -> None:
         """Set the instance aside as suspended, its history untouched, until somebody resumes it."""
-        if self.is_gone:
-            return
+        if not self.is_gone:
+            self._park(error)
+
+    def _park(self, error: BaseException) -> None:
         logger.error("instance %s of workflow %s is suspended: %s", self.instance_id, self.workflow_name, error)
         self._leave_as(Status.SUSPENDED, encode_error(error))
 
@@ -585,7 +596,8 @@ class LiveInstance(ReplayedRun):
         state = self._state(status.value, owner=None, ready_at=None, error=error)
         ticket = self._host.writer.record(self, None, state)
         host = self._host
-        self._leave_memory()
+        if not self.is_gone:
+            self._leave_memory()
         host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
 
     def evict(self) -> None:
@@ -604,10 +616,11 @@ class LiveInstance(ReplayedRun):
         """Somebody else wrote this history: leave it to them. What the database can't hold parks the instance."""
         if self._successor is not None:
             self._successor.on_refused(error)
-        if self.is_gone:
+        if self.is_gone and (not self._has_ended or self._is_end_refused):
             return
+        self._is_end_refused = self._has_ended
         if not is_conflict(error):
-            self.park(error)
+            self._park(error)
             return
         logger.warning("instance %s belongs to another worker now; dropped here: %s", self.instance_id, error)
         self.drop()

@@ -94,9 +94,7 @@ def run_batch(batch: Batch, commit: Callable[[list[Party]], Written]) -> None:
                 attempt(parties[:middle])
                 attempt(parties[middle:])
                 return
-            refusal = DatabaseError(f"the database refused a row: {error}")
-            refusal.__cause__ = error
-            batch.refused.append((parties[0], refusal))
+            batch.refused.append((parties[0], _refusal(error)))
         else:
             batch.inserted |= written.inserted
             if written.post is not None:
@@ -104,3 +102,11 @@ def run_batch(batch: Batch, commit: Callable[[list[Party]], Written]) -> None:
         del batch.waiting[: len(parties)]
 
     attempt(list(batch.waiting))
+
+
+def _refusal(error: Exception) -> DatabaseError:
+    if isinstance(error, DatabaseError):
+        return error
+    refusal = DatabaseError(f"the database refused a row: {error}")
+    refusal.__cause__ = error
+    return refusal

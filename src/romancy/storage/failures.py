@@ -13,6 +13,7 @@ from romancy.errors import (
     DatabaseLockedError,
     DatabaseReadOnlyError,
     DatabaseUnavailableError,
+    PacketTooLargeError,
     SchemaError,
 )
 
@@ -155,6 +156,8 @@ def is_driver_error(error: BaseException) -> bool:
 
 def is_row_error(error: BaseException) -> bool:
     """Whether one row is at fault (a unique key, a value that can't be bound), so that others may go on."""
+    if isinstance(error, PacketTooLargeError):
+        return True
     number = _mysql_number(error)
     if number is not None:
         return number in _MYSQL_ROW

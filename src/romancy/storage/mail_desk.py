@@ -35,6 +35,7 @@ from romancy.storage.mail import (
     slot_of,
 )
 from romancy.storage.schema import channels, deliveries, instances, mail, seen, slots, subscriptions, waits
+from romancy.storage.statements import fitting
 from romancy.storage.threads import Link
 
 ROWS_A_STATEMENT = 100
@@ -79,12 +80,14 @@ class MailDesk:
         execute: runs statements in that transaction.
         dialect: ``sqlite``, ``postgresql`` or ``mysql``.
         now_us: by the database's clock; mail that has expired by then is not there.
+        most_bytes: how long a statement may be, with its values.
     """
 
-    def __init__(self, execute: Execute, dialect: str, now_us: int) -> None:
+    def __init__(self, execute: Execute, dialect: str, now_us: int, most_bytes: int | None = None) -> None:
         self._execute = execute
         self._dialect = dialect
         self._now_us = now_us
+        self._most_bytes = most_bytes
         self.post = Post()
 
     # -- the way of a batch ------------------------------------------------------------------------
@@ -412,7 +415,7 @@ class MailDesk:
         row_marks = f"({', '.join('?' * len(fields))})"
         verb = "INSERT IGNORE" if ignore and self._dialect == "mysql" else "INSERT"
         suffix = " ON CONFLICT DO NOTHING" if ignore and self._dialect != "mysql" else ""
-        for chunk in _chunks(rows):
+        for chunk in [chunk for some in _chunks(rows) for chunk in fitting(some, self._most_bytes)]:
             sql = f"{verb} INTO {table} ({', '.join(fields)}) VALUES {', '.join([row_marks] * len(chunk))}{suffix}"
             self._execute(sql, [value for row in chunk for value in row])
 

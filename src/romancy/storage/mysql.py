@@ -18,7 +18,8 @@ from romancy.storage.listener import HINT, LONGEST_WAIT_S, Listener
 from romancy.storage.rows import StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_IDLE_S, MOST_LOCK_WAIT_S, ServerLink, ServerStore
-from romancy.storage.statements import ManyRows, insert_into
+from romancy.storage.statements import ManyRows, fitting, insert_into
+from romancy.storage.store import check_packet
 from romancy.storage.threads import Link
 from romancy.storage.watchdog import Line
 
@@ -38,6 +39,9 @@ MIGRATION_LOCK = "romancy-migration"
 MIGRATION_WAIT_S = 60
 SLEEP = "SELECT /* romancy listens */ SLEEP"
 INTERRUPTED = 1317
+PACKET_HEAD_BYTES = 64
+"""What may stand in a packet beside the statement."""
+
 _DIALECT = mysql_dialect.dialect(paramstyle="format")
 _NOW: ColumnElement[Any] = literal_column("CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)")
 
@@ -48,10 +52,15 @@ class MysqlLink(ServerLink):
     def __init__(self, connection: pymysql.connections.Connection[Any], line: Line, patience_s: float) -> None:
         super().__init__(line, patience_s)
         self.connection = connection
+        self.most_bytes: int | None = None
 
     def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
         cursor = self.connection.cursor()
-        cursor.execute(sql, tuple(parameters))
+        text = cursor.mogrify(sql, tuple(parameters))
+        # The server answers what is too long by breaking the connection, and it would be sent again and again.
+        if self.most_bytes is not None and 4 * len(text) > self.most_bytes:
+            check_packet(len(text.encode("utf-8", "surrogateescape")), self.most_bytes)
+        cursor.execute(text)
         return cursor
 
     def _close(self) -> None:
@@ -85,7 +94,10 @@ class MysqlStore(ServerStore):
     # -- opening -----------------------------------------------------------------------------------
 
     def check(self, link: Link) -> None:
-        version, flushes = link.execute("SELECT VERSION(), @@innodb_flush_log_at_trx_commit").fetchone()
+        version, flushes, packet = link.execute(
+            "SELECT VERSION(), @@innodb_flush_log_at_trx_commit, @@max_allowed_packet"
+        ).fetchone()
+        self.most_bytes = packet - PACKET_HEAD_BYTES
         self._is_mariadb = "mariadb" in version.lower()
         numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
         kind, minimum = ("MariaDB", MINIMUM_MARIADB) if self._is_mariadb else ("MySQL", MINIMUM_MYSQL)
@@ -131,6 +143,7 @@ class MysqlStore(ServerStore):
         try:
             for setting in settings:
                 link.execute(f"SET {setting}")
+            link.most_bytes = link.execute("SELECT @@max_allowed_packet").fetchone()[0] - PACKET_HEAD_BYTES
         except BaseException:
             link.close()
             raise
@@ -219,12 +232,17 @@ class MysqlStore(ServerStore):
     # -- writing -----------------------------------------------------------------------------------
 
     def _insert_keyed(self, link: Link, rows: list[StartRow]) -> set[str]:
-        for sql, values, _ in self._keyed_starts.pieces(rows):
+        for sql, values, _ in self._keyed_starts.pieces(rows, self.most_bytes):
             link.execute(sql, values)
         # Neither server says which of several rows it has inserted.
         return {row.instance_id for row in rows if self._is_start_ours(link, row)}
 
     def _update_states(self, link: Link, states: list[StateRow], worker_id: str) -> None:
+        for some in fitting(states, self.most_bytes):
+            self._update_some(link, some, worker_id)
+
+    @staticmethod
+    def _update_some(link: Link, states: Sequence[StateRow], worker_id: str) -> None:
         sets = ", ".join(f"i.{field} = v.{field}" for field in StateRow._fields if field != "instance_id")
         first = ", ".join(f"%s AS {field}" for field in StateRow._fields)
         others = " UNION ALL SELECT ".join([first, *[", ".join(["%s"] * len(StateRow._fields))] * (len(states) - 1)])

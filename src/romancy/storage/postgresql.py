@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, Engine, cast, event, func, text
 from sqlalchemy.dialects.postgresql.base import PGDialect
 
-from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError
+from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError, PacketTooLargeError
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.listener import HINT, Listener, SelfTest
@@ -39,6 +39,12 @@ DEAF_WARNING = (
 )
 PREPARE_AFTER = 5
 """Executions after which the driver lets the server keep a statement's plan."""
+
+MOST_TOGETHER = 64 * 1024 * 1024
+"""Characters of a group commit in one statement; more are written in several."""
+
+MOST_ALONE = 200 * 1024 * 1024
+"""Characters of one instance's rows; they may take four bytes each, and the server has no values of more than 1 GB."""
 
 PREPARING = "prepare_threshold"
 WHO_SERVES = "SELECT pg_backend_pid()"
@@ -227,6 +233,7 @@ class PostgresqlStore(ServerStore):
             _as_json(HistoryRow._fields, [row for p in parties for row in p.history]),
             _as_json(StateRow._fields, states),
         )
+        _check_size(rows, len(parties))
         if worker_id is None:
             statement, fence = self._flush_as_client, list[Any]()
         elif renew_until is None:
@@ -302,6 +309,16 @@ def _preparing(url: URL) -> tuple[bool, int | None]:
     if isinstance(given, str) and given.isdecimal():
         return True, int(given)
     raise DatabaseURLError(f"{PREPARING}={given!r}: give a number of executions, or 'none' to prepare nothing")
+
+
+def _check_size(texts: Sequence[str], parties: int) -> None:
+    """Refuse what the server can't take in one piece; some parties that are too much together are tried in halves."""
+    size = sum(map(len, texts))
+    if size > MOST_TOGETHER and (parties > 1 or size > MOST_ALONE):
+        raise PacketTooLargeError(
+            f"rows take {size:,} characters, more than the {MOST_ALONE:,} that PostgreSQL is given in one piece (it "
+            f"has no values of more than 1 GB): store large data elsewhere and pass a reference"
+        )
 
 
 def _as_json(fields: tuple[str, ...], rows: list[Any]) -> str:

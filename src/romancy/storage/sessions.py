@@ -170,7 +170,11 @@ class ActivityTransaction:
                 "session.commit() ends a savepoint, connection().commit() is not for activities"
             )
 
-    def _on_statement(self, *_: Any) -> None:
+    def _on_statement(
+        self, _connection: Connection, _cursor: Any, sql: str, parameters: Any, _context: Any, is_many: bool
+    ) -> None:
+        for values in parameters if is_many else [parameters]:
+            self._engines.store.check_statement(sql, list(values.values()) if isinstance(values, dict) else values)
         line = self._line if self._is_flushing else None
         if line is not None:
             line.deadline = time.monotonic() + self._engines.store.patience_s

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     BindParameter,
@@ -37,6 +37,14 @@ CHUNKS = (256, 64, 16, 4, 1)
 
 MOST_ADDRESSEES = 50
 """Instances that are claimed for their mail at a time."""
+
+VALUE_BYTES = 24
+"""A number, or what stands around a text."""
+
+ESCAPED = (b"'", b'"', b"\\", b"\0", b"\n", b"\r", b"\x1a")
+"""Characters before which MySQL's drivers put a backslash."""
+
+Row = TypeVar("Row", bound=Sequence[Any])
 
 _given_at_first = (
     select(history.c.result)
@@ -94,9 +102,21 @@ class ManyRows:
         row = "(" + ",".join([mark] * width) + ")"
         self._by_size = {size: f"{prefix} VALUES {','.join([row] * size)} {suffix}" for size in CHUNKS}
 
-    def pieces(self, rows: Sequence[tuple[Any, ...]]) -> list[tuple[str, list[Any], int]]:
-        """The statements for these rows: text, parameters and number of rows of each."""
+    def pieces(
+        self, rows: Sequence[tuple[Any, ...]], most_bytes: int | None = None
+    ) -> list[tuple[str, list[Any], int]]:
+        """The statements for these rows: text, parameters and number of rows of each.
+
+        Args:
+            rows: what to write.
+            most_bytes: what the server takes at once.
+        """
         pieces: list[tuple[str, list[Any], int]] = []
+        for group in fitting(rows, most_bytes):
+            self._add_pieces(pieces, group)
+        return pieces
+
+    def _add_pieces(self, pieces: list[tuple[str, list[Any], int]], rows: Sequence[tuple[Any, ...]]) -> None:
         start, left = 0, len(rows)
         for size in CHUNKS:
             while left >= size:
@@ -104,7 +124,36 @@ class ManyRows:
                 pieces.append((self._by_size[size], flat, size))
                 start += size
                 left -= size
-        return pieces
+
+
+def fitting(rows: Sequence[Row], most_bytes: int | None) -> Iterator[Sequence[Row]]:
+    """These rows in groups, none of which takes more bytes as part of a statement; a row that does stands alone."""
+    if most_bytes is None or sum(map(_at_most_bytes, rows)) <= most_bytes:
+        yield rows
+        return
+    start, taken = 0, 0
+    for n, row in enumerate(rows):
+        size = bytes_of(row)
+        if taken + size > most_bytes and n > start:
+            yield rows[start:n]
+            start, taken = n, 0
+        taken += size
+    yield rows[start:]
+
+
+def _at_most_bytes(row: Sequence[Any]) -> int:
+    """A quick guess from above: no character takes more than four bytes, or two when it is escaped."""
+    return sum(4 * len(value) if isinstance(value, str | bytes) else 0 for value in row) + VALUE_BYTES * len(row)
+
+
+def bytes_of(row: Sequence[Any]) -> int:
+    """How many bytes these values take as part of a statement's text, escaped where they must be."""
+    return sum(_text_bytes(value) if isinstance(value, str | bytes) else 0 for value in row) + VALUE_BYTES * len(row)
+
+
+def _text_bytes(value: str | bytes) -> int:
+    data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    return len(data) + sum(data.count(character) for character in ESCAPED)
 
 
 def insert_into(table: Table, fields: tuple[str, ...]) -> str:

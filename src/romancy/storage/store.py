@@ -19,7 +19,7 @@ from sqlalchemy import URL, ColumnElement, Connection, Engine
 from sqlalchemy.engine.interfaces import Dialect
 
 from romancy.clock import Clock, DatabaseClock
-from romancy.errors import DatabaseError, FencedError
+from romancy.errors import DatabaseError, FencedError, PacketTooLargeError
 from romancy.model import HistoryKind, Status
 from romancy.storage.again import Fork, Reruns, supersede
 from romancy.storage.batch import Batch, Party, Written, run_batch
@@ -48,7 +48,15 @@ from romancy.storage.rows import (
     WorkerRow,
 )
 from romancy.storage.schema import history, instances, workers
-from romancy.storage.statements import MOST_ADDRESSEES, ManyRows, Prepared, insert_into, statements_for
+from romancy.storage.statements import (
+    MOST_ADDRESSEES,
+    VALUE_BYTES,
+    ManyRows,
+    Prepared,
+    bytes_of,
+    insert_into,
+    statements_for,
+)
 from romancy.storage.threads import ConnectionThread, Job, Link
 from romancy.storage.watchdog import Line, Watchdog
 
@@ -80,6 +88,7 @@ class Store(ABC):
         workflow_clock: what workflows take for the time, and mail expires by; a test may put its own here.
         own_writes: counts what this store has written.
         patience_s: how long a server may take for a statement of the engine's own.
+        most_bytes: how long a statement's text may be, with its values; ``None`` where that is no concern.
         watchdog: what breaks connections under statements that take longer.
     """
 
@@ -87,6 +96,7 @@ class Store(ABC):
     kind: str
     has_one_writer = False
     patience_s = math.inf
+    most_bytes: int | None = None
     watchdog: Watchdog | None = None
 
     def __init__(
@@ -210,6 +220,15 @@ class Store(ABC):
         del connection
         return None
 
+    def check_statement(self, sql: str, values: Sequence[Any]) -> None:
+        """Refuse what the server would break the connection for.
+
+        Raises:
+            PacketTooLargeError: it is too long.
+        """
+        if self.most_bytes is not None and 4 * sum(map(_length, values)) + len(sql) > self.most_bytes:
+            check_packet(len(sql) + bytes_of(values), self.most_bytes)
+
     # -- the group commit --------------------------------------------------------------------------
 
     def flush(self, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
@@ -240,7 +259,7 @@ class Store(ABC):
         """Commit these parties' rows in one transaction, under the fence."""
         mail = [operation for party in parties for operation in party.mail]
         with self._transaction(link):
-            desk = MailDesk(on_link(link, self.mark), self.kind, self.workflow_clock.now_us())
+            desk = MailDesk(on_link(link, self.mark), self.kind, self.workflow_clock.now_us(), self.most_bytes)
             desk.lock(mail)
             inserted = self._write_rows(link, parties, worker_id, renew_until)
             for change in [change for party in parties for change in party.changes]:
@@ -253,12 +272,12 @@ class Store(ABC):
         inserted: set[str] = set()
         if worker_id is not None:
             self._check_or_renew(link, worker_id, renew_until)
-        for sql, values, _ in self._starts.pieces([row for p in parties for row in p.starts]):
+        for sql, values, _ in self._starts.pieces([row for p in parties for row in p.starts], self.most_bytes):
             link.execute(sql, values)
         keyed = [row for p in parties for row in p.keyed_starts]
         if keyed:
             inserted = self._insert_keyed(link, keyed)
-        for sql, values, _ in self._history.pieces([row for p in parties for row in p.history]):
+        for sql, values, _ in self._history.pieces([row for p in parties for row in p.history], self.most_bytes):
             link.execute(sql, values)
         states = [p.state for p in parties if p.state is not None]
         if states:
@@ -638,7 +657,7 @@ class Store(ABC):
 
     def send_in(self, connection: Connection, outgoing: Sequence[Mail]) -> Post:
         """Send in a transaction of SQLAlchemy's; the last thing before its commit, for it locks topics."""
-        desk = MailDesk(on_connection(connection), self.kind, self.workflow_clock.now_us())
+        desk = MailDesk(on_connection(connection), self.kind, self.workflow_clock.now_us(), self.most_bytes)
         desk.lock(outgoing)
         return desk.handle(outgoing)
 
@@ -778,6 +797,23 @@ class Store(ABC):
                 raise
 
         return run
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes) else VALUE_BYTES
+
+
+def check_packet(size: int, most_bytes: int) -> None:
+    """Refuse a statement of this many bytes where the server takes so many.
+
+    Raises:
+        PacketTooLargeError: it is too long.
+    """
+    if size > most_bytes:
+        raise PacketTooLargeError(
+            f"a row takes {size:,} bytes on its way to the server, which takes {most_bytes:,} at once: store large "
+            f"data elsewhere and pass a reference, or raise the server's max_allowed_packet and restart the app"
+        )
 
 
 def fenced(worker_id: str) -> FencedError:

@@ -20,7 +20,7 @@ from romancy.errors import (
     FencedError,
     SchemaError,
 )
-from romancy.storage.batch import Batch, Party
+from romancy.storage.batch import Batch, Member, Party
 from romancy.storage.mail import Mail, Operation, Post
 from romancy.storage.rows import Change, HistoryRow, StartRow, StateRow
 
@@ -350,12 +350,10 @@ class Writer:
             return
         self._failures = 0
         self.committed = batch.number
-        refused = [party for party, _ in batch.refused]
+        for party, _ in batch.refused:
+            self._take_back(party.member)
         for party, refusal in batch.refused:
             party.member.on_refused(refusal)
-        if refused:
-            members = {id(party.member) for party in refused}
-            self._open.waiting = [party for party in self._open.waiting if id(party.member) not in members]
         callbacks, starts = self._flight_callbacks, self._flight_starts
         self._flight_callbacks, self._flight_starts = [], []
         self._in_flight = None
@@ -371,6 +369,12 @@ class Writer:
             self._release(self._room)
         if self._in_flight is None and not self._open.waiting:
             self._release(self._idle)
+
+    def _take_back(self, member: Member) -> None:
+        """What came after refused rows is not written, either; but for what the member says when it hears of it."""
+        self._open.waiting = [party for party in self._open.waiting if party.member is not member]
+        if isinstance(member, Recorder):
+            member.party = None
 
     def _retry_or_stop(self, batch: Batch, error: BaseException) -> None:
         if not isinstance(error, DatabaseError):
