@@ -131,6 +131,7 @@ def programs(draw: st.DrawFn) -> list[list[Operation]]:
     count = 0
     for _ in range(draw(st.integers(1, 6))):
         batch: list[Operation] = []
+        earlier = list(every_wait)
         for _ in range(draw(st.integers(1, 6))):
             count += 1
             what = draw(st.sampled_from(["wait", "wait", "send", "send", "send", "withdraw", "receipt"]))
@@ -144,12 +145,11 @@ def programs(draw: st.DrawFn) -> list[list[Operation]]:
                 if name == "desk" and to_id == ANYBODY:
                     to_id = "A"
                 batch.append(Mail(to_id, f"{count:08}", kind, name, subject, f'"{count}"', NEVER_US))
-            elif every_wait:
-                wait = draw(st.sampled_from(every_wait))
-                if what == "withdraw":
-                    batch.append(Withdrawal(wait, draw(st.booleans())))
-                else:
-                    batch.append(Receipt(*wait[:3]))
+            elif what == "withdraw" and every_wait:
+                batch.append(Withdrawal(draw(st.sampled_from(every_wait)), draw(st.booleans())))
+            elif what == "receipt" and earlier:
+                # Nobody hears of a delivery before the batch that has made it is durable.
+                batch.insert(0, Receipt(*draw(st.sampled_from(earlier))[:3]))
         batches.append(batch)
     return batches
 

@@ -107,24 +107,27 @@ class MailDesk:
     def handle(self, operations: Sequence[Operation], *, is_repeated: bool = False) -> Post:
         """Carry the operations out, in their order, like ones together.
 
+        Receipts come first and closings last: they concern one instance alone, which hands in nothing before its
+        receipt of the same delivery and nothing after its end.
+
         Args:
             operations: their slots are locked.
             is_repeated: an earlier attempt may have succeeded unseen.
         """
-        for kind, some in groupby(operations, type):
+        self.delete(deliveries.name, Receipt._fields, [one for one in operations if isinstance(one, Receipt)])
+        closings = [one for one in operations if isinstance(one, Closing)]
+        for kind, some in groupby([one for one in operations if not isinstance(one, Receipt | Closing)], type):
             group: list[Any] = list(some)
             if kind is Wait:
                 self._register(group, is_repeated=is_repeated)
             elif kind is Withdrawal:
                 self._withdraw(group)
-            elif kind is Receipt:
-                self.delete(deliveries.name, Receipt._fields, group)
             elif kind is Mail:
                 self._send(group)
-            elif kind is Closing:
-                self._close(group)
             else:
                 self._unsubscribe(group)
+        if closings:
+            self._close(closings)
         return self.post
 
     # -- waiting -----------------------------------------------------------------------------------
@@ -421,12 +424,12 @@ class MailDesk:
 
     def delete(self, table: str, fields: Sequence[str], keys: Sequence[Row]) -> None:
         """Delete rows by these fields."""
-        for condition, values in _conditions(fields, keys):
+        for condition, values in _conditions(fields, keys, self._dialect):
             self._execute(f"DELETE FROM {table} WHERE {condition}", values)
 
     def _select(self, select: str, fields: Sequence[str], keys: Sequence[Row]) -> list[Any]:
         rows: list[Any] = []
-        for condition, values in _conditions(fields, keys):
+        for condition, values in _conditions(fields, keys, self._dialect):
             rows += self._execute(f"{select} WHERE {condition}", values).fetchall()
         return rows
 
@@ -467,11 +470,16 @@ def _topics(numbered: Sequence[tuple[int, Mail]]) -> list[Topic]:
     ]
 
 
-def _conditions(fields: Sequence[str], keys: Sequence[Row]) -> Iterable[tuple[str, list[Any]]]:
+def _conditions(fields: Sequence[str], keys: Sequence[Row], dialect: str) -> Iterable[tuple[str, list[Any]]]:
     """Rows by their keys, in a form for which every database takes its index."""
     for chunk in _chunks(keys):
         if len(fields) == 1:
             yield f"{fields[0]} IN ({', '.join('?' * len(chunk))})", [key[0] for key in chunk]
+        elif dialect == "postgresql":
+            # Of many ANDs it takes what they have in common for the index, and filters by the rest.
+            first = ", ".join(f"CAST(? AS {'int' if field == 'run' else 'text'})" for field in fields)
+            others = f", ({', '.join('?' * len(fields))})" * (len(chunk) - 1)
+            yield f"({', '.join(fields)}) IN (VALUES ({first}){others})", [value for key in chunk for value in key]
         else:
             one = f"({' AND '.join(f'{field} = ?' for field in fields)})"
             yield " OR ".join([one] * len(chunk)), [value for key in chunk for value in key]
@@ -512,7 +520,7 @@ def read_mail_of(execute: Execute, instance_ids: Sequence[str]) -> tuple[list[De
     keys = [(instance_id,) for instance_id in instance_ids]
     found: list[Delivery] = []
     still_open: list[Wait] = []
-    for condition, values in _conditions(("instance_id",), keys):
+    for condition, values in _conditions(("instance_id",), keys, ""):
         fields = ", ".join(Delivery._fields)
         rows = execute(f"SELECT {fields} FROM {deliveries.name} WHERE {condition}", values).fetchall()
         found += [Delivery(*row) for row in rows]
@@ -544,23 +552,22 @@ def open_channel(execute: Execute, dialect: str, channel: str, mode: str | None,
     return found
 
 
-def clear_expired(execute: Execute, now_us: int, limit: int) -> int:
+def clear_expired(execute: Execute, dialect: str, now_us: int, limit: int) -> int:
     """Remove mail and digests that have expired, and requests that came when an instance ended; returns how many.
 
     Some at a time; call it again when it has removed as many as it may.
     """
+    desk = MailDesk(execute, dialect, now_us)
     removed = 0
     for table, fields in ((mail.name, ("to_id", "mail_id")), (seen.name, ("digest",))):
         columns = ", ".join(fields)
         sql = f"SELECT {columns} FROM {table} WHERE expires_at <= ? ORDER BY expires_at LIMIT {limit}"
         keys = execute(sql, (now_us,)).fetchall()
-        for condition, values in _conditions(fields, [tuple(key) for key in keys]):
-            execute(f"DELETE FROM {table} WHERE {condition}", values)
+        desk.delete(table, fields, keys)
         removed += len(keys)
     late = execute(
         f"SELECT d.instance_id, d.run, d.operation_id FROM {deliveries.name} d JOIN {instances.name} i "
         f"ON i.instance_id = d.instance_id WHERE i.completed_at IS NOT NULL LIMIT {limit}"
     ).fetchall()
-    for condition, values in _conditions(Receipt._fields, [tuple(key) for key in late]):
-        execute(f"DELETE FROM {deliveries.name} WHERE {condition}", values)
+    desk.delete(deliveries.name, Receipt._fields, late)
     return removed + len(late)

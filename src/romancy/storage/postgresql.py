@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
@@ -40,6 +41,12 @@ DEAF_WARNING = (
 PREPARE_AFTER = 5
 """Executions after which the driver lets the server keep a statement's plan."""
 
+PLANS_SERVE = 32
+"""Executions after which the server may have to plan prepared statements anew …"""
+
+PLANS_SERVE_S = 0.5
+"""… and seconds."""
+
 MOST_TOGETHER = 64 * 1024 * 1024
 """Characters of a group commit in one statement; more are written in several."""
 
@@ -69,9 +76,21 @@ class PostgresqlLink(ServerLink):
     def __init__(self, connection: psycopg.Connection[Any], line: Line, patience_s: float) -> None:
         super().__init__(line, patience_s)
         self.connection = connection
+        self._executed = 0
+        self._planned_at = time.monotonic()
 
     def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
+        self._executed += 1
+        if self._executed >= PLANS_SERVE and self.connection.prepare_threshold is not None:
+            self._plan_anew()
         return self.connection.execute(sql.encode(), parameters)
+
+    def _plan_anew(self) -> None:
+        """A plan made when a table was all but empty walks through all of it, and would be kept for a minute."""
+        now = time.monotonic()
+        if now - self._planned_at >= PLANS_SERVE_S:
+            self._executed, self._planned_at = 0, now
+            self.connection.execute("DISCARD PLANS", (), prepare=False)
 
     def execute_together(self, statements: str) -> None:
         """Run several statements, separated by semicolons, in one round trip."""

@@ -637,7 +637,7 @@ class Store(ABC):
 
         def job(link: Link) -> int:
             with self._transaction(link):
-                return clear_expired(on_link(link, self.mark), now, limit)
+                return clear_expired(on_link(link, self.mark), self.kind, now, limit)
 
         return self._write(job)
 
