@@ -630,6 +630,8 @@ class Store(ABC):
                     self._check_fence(link, worker_id, self._statements.fence)
                 return open_channel(on_link(link, self.mark), self.kind, channel, mode, subscriber)
 
+        if mode is None:
+            return self._read(lambda link: open_channel(on_link(link, self.mark), self.kind, channel, None, None))
         return self._write(job)
 
     def clear_expired(self, now: int, limit: int) -> Future[int]:
