@@ -28,7 +28,7 @@ logger = logging.getLogger("torture.client")
 
 T = TypeVar("T")
 
-WIDTH = 24
+WIDTH = 40
 RETRY_WAIT_S = 0.1
 RESULT_TIMEOUT_S = 5.0
 

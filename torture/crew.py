@@ -75,6 +75,11 @@ class Crew:
         client = self._processes.get(CLIENT)
         return client is not None and client.exitcode == 0
 
+    def pid_of(self, name: str) -> int | None:
+        """The process id, unless the process is not there now."""
+        process = self._processes.get(name)
+        return None if process is None or not process.is_alive() else process.pid
+
     def signal(self, name: str, number: signal.Signals) -> bool:
         """Send a signal; ``False`` when the process is not there now."""
         process = self._processes.get(name)

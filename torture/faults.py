@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
@@ -26,6 +27,11 @@ ON_SERVERS = {"backend": 5, "cut": 5, "deaf": 2}
 ON_OWN_SERVERS = {"server": 1}
 OPTIONAL = {"stall": 2}
 """Kinds of faults, and how often each comes in proportion; the optional ones only where they are asked for."""
+
+UNTIL_BURIAL = 0.6
+"""The part of stopped workers that wake at once when they are buried."""
+BURIAL_LOOK_S = 0.002
+LONGEST_STOP_LEASES = 3
 
 SHORTEST_GAP_S, LONGEST_GAP_S = 0.3, 1.8
 
@@ -68,6 +74,7 @@ class Faults:
         self._next_at = time.monotonic() + 1.0
         self._ends: list[tuple[float, Callable[[], None]]] = []
         self._background: list[threading.Thread] = []
+        self._is_over = threading.Event()
         self.count: Counter[str] = Counter()
 
     def step(self) -> None:
@@ -86,6 +93,7 @@ class Faults:
         for _, end in self._ends:
             end()
         self._ends.clear()
+        self._is_over.set()
         for thread in self._background:
             thread.join()
         if self._target.proxy is not None:
@@ -121,11 +129,31 @@ class Faults:
         self._ends.append((time.monotonic() + wait_s, end))
 
     def _stop_a_worker(self) -> None:
-        """Past its lease, so that it wakes as a zombie; sometimes only nearly so."""
+        """Past its lease, so that it wakes as a zombie: at any time, or the moment the others have buried it."""
         name = self._random.choice(WORKERS)
-        self._target.crew.signal(name, signal.SIGSTOP)
         wait_s = self._target.lease_s * self._random.uniform(0.8, 2.2)
-        self._later(wait_s, lambda: self._wake(name))
+        is_until_burial = self._random.random() < UNTIL_BURIAL
+        pid = self._target.crew.pid_of(name)
+        if pid is None or not self._target.crew.signal(name, signal.SIGSTOP):
+            return
+        if is_until_burial:
+            thread = threading.Thread(target=self._wake_when_buried, args=(name, pid), name="torture-burial")
+            self._background.append(thread)
+            thread.start()
+        else:
+            self._later(wait_s, lambda: self._wake(name))
+
+    def _wake_when_buried(self, name: str, pid: int) -> None:
+        """Its successors have just taken its instances over, and have not come far with them."""
+        deadline = time.monotonic() + LONGEST_STOP_LEASES * self._target.lease_s
+        while time.monotonic() < deadline and not self._is_over.is_set():
+            with contextlib.suppress(Exception):  # the database may be away
+                if not rows(
+                    self._target.database, "SELECT 1 FROM romancy_workers WHERE pid = ? AND state = 'alive'", pid
+                ):
+                    break
+            time.sleep(BURIAL_LOOK_S)
+        self._wake(name)
 
     def _wake(self, name: str) -> None:
         self._target.crew.signal(name, signal.SIGCONT)

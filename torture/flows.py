@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from romancy import EventTimeoutError, RetryPolicy, WorkflowContext, activity, c
 
 NEVER = "never"
 """An event that nobody sends."""
+
+MEAN_WORK_S = 0.04
 
 _journal: int | None = None
 
@@ -41,14 +44,22 @@ def leave_line() -> str:
     return attempt.idempotency_key
 
 
+def some_time_s() -> float:
+    """How long an attempt takes; so that a process which is stopped has attempts on their way, and ends them all at
+    once when it wakes."""
+    return random.expovariate(1 / MEAN_WORK_S)
+
+
 async def book() -> None:
     """A line, and a token through the session."""
+    await asyncio.sleep(some_time_s())
     token = leave_line()
     await current_activity().session.execute(INSERT, {"token": token})
 
 
 def book_in_thread() -> None:
     """The same in a plain ``def``."""
+    time.sleep(some_time_s())
     token = leave_line()
     current_activity().sync_session.execute(INSERT, {"token": token})
 
@@ -71,6 +82,7 @@ def add_in_thread(total: int, step: int) -> int:
 @activity
 async def add_unbooked(total: int, step: int) -> int:
     """Without a session: its outcome goes through the group commit."""
+    await asyncio.sleep(some_time_s())
     leave_line()
     return total + step
 
