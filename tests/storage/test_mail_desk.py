@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from romancy.storage.address import parse_address
 from romancy.storage.mail import ANYBODY, NEVER_US, Closing, Delivery, Mail, Operation, Post, Receipt, Wait, Withdrawal
-from romancy.storage.mail_desk import MailDesk, on_link
+from romancy.storage.mail_desk import MailDesk, on_link, read_mail_of
 from romancy.storage.store import Store
 from romancy.storage.stores import make_store
 from tests.databases import Database, execute, rows
@@ -280,3 +280,23 @@ def test_mail_with_an_older_id_that_is_committed_later_is_news_too(store: Store,
         deliveries, _ = store.find_news("me").result()
         found.append(sorted(delivery.mail_id for delivery in deliveries))
     assert found == [["2"], ["1", "2"]]
+
+
+def test_mail_that_meets_its_wait_while_both_are_read_is_not_overlooked(store: Store) -> None:
+    """Who claims an instance and finds neither would register the wait again, for a second mail."""
+    handle(store, [wait_for("A")])
+
+    def job(link: Any) -> tuple[list[Delivery], list[Wait]]:
+        execute, count = on_link(link, store.mark), 0
+
+        def execute_with_mail_in_between(sql: str, parameters: Any = ()) -> Any:
+            nonlocal count
+            count += 1
+            if count == 2:
+                handle(store, [event("1")])
+            return execute(sql, parameters)
+
+        return read_mail_of(execute_with_mail_in_between, ["A"])
+
+    deliveries, _ = store._read(job).result()
+    assert [delivery.mail_id for delivery in deliveries] == ["1"]

@@ -521,12 +521,14 @@ def read_mail_of(execute: Execute, instance_ids: Sequence[str]) -> tuple[list[De
     found: list[Delivery] = []
     still_open: list[Wait] = []
     for condition, values in _conditions(("instance_id",), keys, ""):
-        fields = ", ".join(Delivery._fields)
-        rows = execute(f"SELECT {fields} FROM {deliveries.name} WHERE {condition}", values).fetchall()
-        found += [Delivery(*row) for row in rows]
+        # Waits first: one that becomes a delivery meanwhile is seen as both. The other way round it would be seen as
+        # neither, and registered once more: that wait would take a further mail, for nobody.
         fields = ", ".join(Wait._fields)
         rows = execute(f"SELECT {fields} FROM {waits.name} WHERE {condition}", values).fetchall()
         still_open += [Wait(*row) for row in rows]
+        fields = ", ".join(Delivery._fields)
+        rows = execute(f"SELECT {fields} FROM {deliveries.name} WHERE {condition}", values).fetchall()
+        found += [Delivery(*row) for row in rows]
     return found, still_open
 
 
