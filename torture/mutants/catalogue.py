@@ -108,11 +108,37 @@ MUTANTS = (
         "a delivery is removed when it is read, before it is recorded",
         "storage/mail_desk.py",
         """        found += [Delivery(*row) for row in rows]
-        fields = ", ".join(Wait._fields)""",
+    return found, still_open""",
         """        found += [Delivery(*row) for row in rows]
         execute(f"DELETE FROM {deliveries.name} WHERE {condition}", values)
-        fields = ", ".join(Wait._fields)""",
+    return found, still_open""",
         (f"{EVENTS}::test_delivery_survives_a_crash_between_its_claim_and_its_record[sqlite]",),
+    ),
+    Mutant(
+        "a wait that becomes a delivery while both are read is overlooked",
+        "storage/mail_desk.py",
+        """        fields = ", ".join(Wait._fields)
+        rows = execute(f"SELECT {fields} FROM {waits.name} WHERE {condition}", values).fetchall()
+        still_open += [Wait(*row) for row in rows]
+        fields = ", ".join(Delivery._fields)
+        rows = execute(f"SELECT {fields} FROM {deliveries.name} WHERE {condition}", values).fetchall()
+        found += [Delivery(*row) for row in rows]
+""",
+        """        fields = ", ".join(Delivery._fields)
+        rows = execute(f"SELECT {fields} FROM {deliveries.name} WHERE {condition}", values).fetchall()
+        found += [Delivery(*row) for row in rows]
+        fields = ", ".join(Wait._fields)
+        rows = execute(f"SELECT {fields} FROM {waits.name} WHERE {condition}", values).fetchall()
+        still_open += [Wait(*row) for row in rows]
+""",
+        (f"{DESK}::test_mail_that_meets_its_wait_while_both_are_read_is_not_overlooked[sqlite]",),
+    ),
+    Mutant(
+        "a message from outside has no id that is kept",
+        "storage/posting.py",
+        "digest = sha256(f\"message\\0{mail_id}\".encode()).hexdigest() if is_from_outside else None",
+        "digest = None",
+        (f"{LOST}::test_message_whose_commit_was_not_heard_of_is_delivered_once",),
     ),
     Mutant(
         "a message and its timeout are both recorded",
