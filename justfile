@@ -7,7 +7,7 @@ default:
     @just --list
 
 # All that CI checks.
-check: lint types test
+check: lint types test brief-torture
 
 # Format, lint and the layers of the architecture.
 lint:
@@ -49,6 +49,10 @@ bench *arguments:
 # Faults at random on every database, and a check of every promise; see torture/__init__.py.
 torture *arguments:
     uv run python -m torture {{ arguments }}
+
+# The torture for as long as CI has time.
+brief-torture:
+    uv run python -m torture --seconds 90 --slack 20
 
 # Faults planted in the engine: each must make a test fail.
 mutants *arguments:
