@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from romancy import (
     App,
     DatabaseReadOnlyError,
+    DatabaseUnavailableError,
     InstanceConflictError,
     RetryPolicy,
     Status,
@@ -473,3 +475,28 @@ async def test_cancelled_deadlines_are_forgotten() -> None:
         queue.add(n + 2, lambda: None).cancel()
     assert len(queue._heap) <= 2 * MOST_CANCELLED + 2
     queue.close()
+
+
+async def test_what_was_claimed_is_run_also_when_the_database_fails_right_after(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @workflow
+    async def flow(ctx: WorkflowContext) -> str:
+        return "done"
+
+    real, failures = Store.next_due, iter([DatabaseUnavailableError("gone for a moment")])
+
+    def next_due(store: Store) -> Future[int | None]:
+        error = next(failures, None)
+        if error is None:
+            return real(store)
+        future: Future[int | None] = Future()
+        future.set_exception(error)
+        return future
+
+    monkeypatch.setattr(Store, "next_due", next_due)
+    async with App(database, worker=False) as client:
+        await client.start_workflow(flow, id="it")
+    async with App(database) as app:
+        assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
+        assert next(failures, None) is None

@@ -527,9 +527,11 @@ class Worker:
                 return
             limit = min(CLAIM_SIZE, self.room)
             rows = await _done(self._store.claim_ready(self.worker_id, self.clock.now_us(), limit))
+            # Noted first: they are this worker's, also when the next question finds no answer.
+            self._claimed += rows
             if len(rows) < limit:
                 self._next_due_us = await _done(self._store.next_due())
-            await self._resume(rows)
+            await self._resume_claimed()
 
     async def _resume(self, rows: Sequence[ClaimedRow]) -> None:
         """Bring claimed instances back to where their history ends."""
