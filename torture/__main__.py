@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 from random import SystemRandom
 
@@ -16,6 +17,8 @@ from torture.run import Settings, torture
 
 def main() -> int:
     """Run on each database; 1 when a promise was broken."""
+    # Asked to end, end in good order: the servers are processes of sessions of their own.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     options = _parse()
     kinds = KINDS if options.database == "all" else (options.database,)
     seconds = options.seconds / len(kinds)

@@ -7,6 +7,7 @@ keyless table ``ledger``, also in attempts that then fail: those rows must not s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import time
@@ -15,12 +16,22 @@ from typing import Any
 
 from tests.ledger import INSERT
 
-from romancy import EventTimeoutError, RetryPolicy, WorkflowContext, activity, current_activity, workflow
+from romancy import (
+    EventTimeoutError,
+    Message,
+    MessageTimeoutError,
+    RetryPolicy,
+    WorkflowContext,
+    activity,
+    current_activity,
+    workflow,
+)
 
 NEVER = "never"
 """An event that nobody sends."""
 
 MEAN_WORK_S = 0.04
+IMPATIENCE_S = 0.06
 
 _journal: int | None = None
 
@@ -212,12 +223,27 @@ async def producer(ctx: WorkflowContext, channel: str, first: int, count: int) -
     return count
 
 
+async def next_message(ctx: WorkflowContext, channel: str) -> Message[int]:
+    """Patiently, or giving up again and again, in one way or the other: what comes meanwhile is for others."""
+    while True:
+        match ctx.instance_id[-1]:
+            case "0":
+                return await ctx.receive(channel)
+            case "1":
+                with contextlib.suppress(MessageTimeoutError):
+                    return await ctx.receive(channel, timeout=IMPATIENCE_S)
+            case _:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IMPATIENCE_S):
+                        return await ctx.receive(channel)
+
+
 @workflow
 async def consumer(ctx: WorkflowContext, channel: str, count: int) -> list[int]:
     found: list[int] = []
     await ctx.subscribe(channel, "competing")
     while len(found) < count:
-        message = await ctx.receive(channel)
+        message = await next_message(ctx, channel)
         found.append(await add_unbooked(message.data, 0) if message.data % 3 else message.data)
     return found
 

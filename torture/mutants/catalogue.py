@@ -223,6 +223,20 @@ MUTANTS = (
         (f"{CHILDREN}::test_crash_at_any_commit_loses_no_run[sqlite-before]",),
     ),
     Mutant(
+        "what is claimed is forgotten when the next question fails",
+        "engine/worker.py",
+        """            self._claimed += rows
+            if len(rows) < limit:
+                self._next_due_us = await _done(self._store.next_due())
+            await self._resume_claimed()
+""",
+        """            if len(rows) < limit:
+                self._next_due_us = await _done(self._store.next_due())
+            await self._resume(rows)
+""",
+        (f"{ODD}::test_what_was_claimed_is_run_also_when_the_database_fails_right_after[sqlite]",),
+    ),
+    Mutant(
         "claims take what is owned",
         "storage/statements.py",
         "        free = and_(instances.c.owner.is_(None), instances.c.completed_at.is_(None))",
