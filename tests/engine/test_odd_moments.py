@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future
+from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
@@ -29,7 +31,7 @@ from romancy.engine import worker as worker_module
 from romancy.engine.timers import MOST_CANCELLED, TimerQueue
 from romancy.storage.store import Store
 from romancy.testing import VirtualClock
-from tests.databases import Database, execute, rows
+from tests.databases import Database, connect, execute, kind_of, rows
 from tests.ledger import INSERT, Entry, create_ledger
 from tests.support import RESULT_TIMEOUT_S, crash, until_live, until_quiet
 
@@ -500,3 +502,37 @@ async def test_what_was_claimed_is_run_also_when_the_database_fails_right_after(
     async with App(database) as app:
         assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
         assert next(failures, None) is None
+
+
+async def test_worker_does_not_ask_without_end_for_what_another_has_locked(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind_of(database) == "sqlite":
+        pytest.skip("has one writer, and no locks of rows")
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> str:
+        return "done"
+
+    real, times = Store.claim_ready, []
+
+    def claim_ready(store: Store, *arguments: Any) -> Future[Any]:
+        times.append(time.monotonic())
+        return real(store, *arguments)
+
+    monkeypatch.setattr(Store, "claim_ready", claim_ready)
+    async with App(database, worker=False) as client:
+        await client.start_workflow(flow, id="it")
+        # As a worker that was stopped in the middle of its claim.
+        with closing(connect(database)) as other:
+            cursor = other.cursor()
+            cursor.execute("BEGIN")
+            cursor.execute("SELECT * FROM romancy_instances FOR UPDATE")
+            cursor.fetchall()
+            async with App(database) as app:
+                async with asyncio.timeout(RESULT_TIMEOUT_S):
+                    while len(times) < 6:
+                        await asyncio.sleep(0.01)
+                assert times[5] - times[1] >= 4 * 0.02
+                other.rollback()
+                assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"

@@ -44,6 +44,7 @@ CLAIM_SIZE = 200
 HISTORY_PAGE = 1_000
 SCAN_INTERVAL_S = 5.0
 SHORTEST_SCAN_INTERVAL_S = 0.1
+LOCKED_WAIT_US = 20_000
 LONGEST_FAREWELL_S = 5.0
 GONE_CHECK_INTERVAL_S = 0.5
 CHANGE_CHECK_INTERVAL_S = 0.02
@@ -531,6 +532,10 @@ class Worker:
             self._claimed += rows
             if len(rows) < limit:
                 self._next_due_us = await _done(self._store.next_due())
+            now_us = self.clock.now_us()
+            if not rows and self._next_due_us is not None and self._next_due_us <= now_us:
+                # Somebody else is about to take them; asking without a pause would not be faster.
+                self._next_due_us = now_us + LOCKED_WAIT_US
             await self._resume_claimed()
 
     async def _resume(self, rows: Sequence[ClaimedRow]) -> None:
