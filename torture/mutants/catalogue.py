@@ -228,13 +228,19 @@ MUTANTS = (
         """            self._claimed += rows
             if len(rows) < limit:
                 self._next_due_us = await _done(self._store.next_due())
-            await self._resume_claimed()
 """,
         """            if len(rows) < limit:
                 self._next_due_us = await _done(self._store.next_due())
-            await self._resume(rows)
+            self._claimed += rows
 """,
         (f"{ODD}::test_what_was_claimed_is_run_also_when_the_database_fails_right_after[sqlite]",),
+    ),
+    Mutant(
+        "what others have locked is asked for without a pause",
+        "engine/worker.py",
+        "self._next_due_us = now_us + LOCKED_WAIT_US",
+        "self._next_due_us = now_us",
+        (f"{ODD}::test_worker_does_not_ask_without_end_for_what_another_has_locked[postgresql]",),
     ),
     Mutant(
         "claims take what is owned",
