@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torture.checker import check
-from torture.evidence import EventRow, Evidence, InstanceRow, Stranger
+from torture.evidence import EventRow, Evidence, InstanceRow, Stranger, complaints_in
 from torture.jobs import KINDS, Job, expected_of_job, job_of
 
 SEED = 7
@@ -197,3 +198,18 @@ def test_each_kind_of_job_comes_up_and_is_the_same_for_the_same_seed() -> None:
         assert found == job_of(SEED, found.number)
         is_all_known = len(expected_of_job(found)) == len(found.starts)
         assert is_all_known or kind == "market"
+
+
+def test_complaints_in_logs_are_found_but_for_what_others_say(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    log.write_text(
+        "2026-01-01 00:00:00 1 INFO romancy.worker all is well\n"
+        "2026-01-01 00:00:01 1 ERROR romancy.storage a flush failed in an unforeseen way\n"
+        "Traceback (most recent call last):\n"
+        "2026-01-01 00:00:02 1 ERROR asyncio Task was destroyed but it is pending!\n"
+        "task: <Task pending coro=<AsyncAdapt_aiosqlite_connection._terminate_graceful_close()>>\n"
+        "2026-01-01 00:00:03 1 ERROR asyncio Task was destroyed but it is pending!\n"
+        "task: <Task pending coro=<Worker._look_for_work()>>\n"
+    )
+    assert [entry[18:19] for entry in complaints_in(log)] == ["1", "3"]
+    assert complaints_in(tmp_path / "none.log") == []
