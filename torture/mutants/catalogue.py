@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         "the lease of a worker that was buried is renewed",
         "storage/statements.py",
-        "self.renew = prepare(update(workers).where(alive)",
-        "self.renew = prepare(update(workers).where(workers.c.worker_id == me)",
+        "self.renew = prepare(update(workers).where(alive,",
+        "self.renew = prepare(update(workers).where(workers.c.worker_id == me,",
         (f"{CLAIMS}::test_lease_that_was_lost_is_not_renewed[sqlite]",),
     ),
     Mutant(
@@ -175,12 +175,10 @@ MUTANTS = (
         "a result is given out before its commit",
         "engine/instance.py",
         """        host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
-
-    # -- further runs""",
+""",
         """        del ticket
         host.on_ended(self, state)
-
-    # -- further runs""",
+""",
         (f"{WRITER}::test_result_is_not_given_out_before_the_end_is_durable",),
     ),
     Mutant(
