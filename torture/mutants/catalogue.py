@@ -174,11 +174,8 @@ MUTANTS = (
     Mutant(
         "a result is given out before its commit",
         "engine/instance.py",
-        """        host.writer.when_durable(ticket, lambda: host.on_ended(self, state))
-""",
-        """        del ticket
-        host.on_ended(self, state)
-""",
+        "        host.writer.when_durable(ticket, partial(self._on_end_written, state))",
+        "        host.on_ended(self, state)",
         (f"{WRITER}::test_result_is_not_given_out_before_the_end_is_durable",),
     ),
     Mutant(
