@@ -117,7 +117,7 @@ async def test_server_that_is_away_for_a_while_is_an_error_of_the_database(
             proxy.go_away()
             for _ in range(2):
                 with pytest.raises(DatabaseUnavailableError):
-                    await app.publish("news", 1)
+                    await app.send_to("it", "inbox", 1)
                 with pytest.raises(DatabaseUnavailableError):
                     await app.start_workflow(flow, id="it")
             proxy.come_back()
