@@ -78,3 +78,13 @@ def test_system_is_to_ask_whether_the_peer_is_there(ends: tuple[socket.socket, s
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
         assert [ours.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [5, 1, 3, 10_000]
     del line
+
+
+def test_connection_that_is_closed_already_is_left_to_its_driver(
+    watchdog: Watchdog, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, _ = ends
+    ours.close()
+    line = watchdog.hold(ours.fileno())
+    line.cut()
+    line.close()

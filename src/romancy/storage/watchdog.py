@@ -32,7 +32,11 @@ class Line:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._socket = socket.socket(fileno=socket.dup(descriptor))
+        try:
+            self._socket = socket.socket(fileno=socket.dup(descriptor))
+        except OSError:
+            # The server has hung up already, and the driver has closed it: that is the driver's to say.
+            self._socket = socket.socket()
         self.deadline: float | None = None
 
     def __del__(self) -> None:
