@@ -19,6 +19,25 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 * (os.cpu_count() or 1)
 
 
+LONG = (
+    "test_order.py::test_killed_again",
+    "test_replay_property.py::test_crashed",
+    "test_stalled_connections.py::test_connection_that_stalls",
+    "test_filters_everywhere.py::test_filters_find",
+    "test_kill_mail.py",
+    "test_kill.py::test_killed_again",
+    "test_hints.py",
+    "test_crew.py",
+    "test_races.py",
+    "test_poolers.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, so that nobody is waited for in the end."""
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _own_definitions() -> Iterator[None]:
     with isolated_catalogue():
