@@ -48,7 +48,6 @@ LOCKED_WAIT_US = 20_000
 LONGEST_FAREWELL_S = 5.0
 GONE_CHECK_INTERVAL_S = 0.5
 CHANGE_CHECK_INTERVAL_S = 0.02
-BUSY_CHECK_INTERVAL_S = 0.25
 CLEARING_INTERVAL_S = 300.0
 
 
@@ -591,18 +590,11 @@ class Worker:
         return await done
 
     async def _watch_changes(self) -> None:
-        """Notice what other processes commit, by a look at the log file."""
-        seen_writes, looked_at = self._store.own_writes, self._loop.time()
-        has_changed = False
+        """Notice what other processes commit, by a look at the log file, and where that has changed, at its version."""
         while True:
             await asyncio.sleep(CHANGE_CHECK_INTERVAL_S)
-            has_changed = self._store.has_changed() or has_changed
-            if not has_changed:
+            if not self._store.has_changed() or not await _done(self._store.is_changed_by_others()):
                 continue
-            is_own = seen_writes != self._store.own_writes
-            if is_own and self._loop.time() - looked_at < BUSY_CHECK_INTERVAL_S:
-                continue
-            has_changed, seen_writes, looked_at = False, self._store.own_writes, self._loop.time()
             self._listener.on_foreign_change()
             self._may_have_mail = True
             self._hint.set()

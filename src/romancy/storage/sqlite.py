@@ -70,6 +70,7 @@ class SqliteStore(Store):
         )
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._seen_change: tuple[int, int] = (0, 0)
+        self._seen_version = 0
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -164,6 +165,13 @@ class SqliteStore(Store):
             return False
         self._seen_change = change
         return True
+
+    def _is_version_new(self, link: Link) -> bool:
+        # Its own commits don't change what a connection sees here.
+        (version,) = link.execute("PRAGMA data_version").fetchone()
+        is_new = version != self._seen_version
+        self._seen_version = version
+        return bool(is_new)
 
     def _is_changed(self) -> bool:
         return self._latest_change() != self._seen_change

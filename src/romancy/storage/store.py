@@ -86,7 +86,6 @@ class Store(ABC):
         write_lock: who may write now; on databases with many writers, everybody.
         has_one_writer: whether an open transaction keeps all others from writing.
         workflow_clock: what workflows take for the time, and mail expires by; a test may put its own here.
-        own_writes: counts what this store has written.
         patience_s: how long a server may take for a statement of the engine's own.
         most_bytes: how long a statement's text may be, with its values; ``None`` where that is no concern.
         watchdog: what breaks connections under statements that take longer.
@@ -114,7 +113,6 @@ class Store(ABC):
         self.write_lock: WriteLock | FreeLock = FreeLock()
         self.clock = clock
         self.workflow_clock: Clock = clock
-        self.own_writes = 0
         self._workflow_names = tuple(workflow_names)
         self._statements = statements_for(dialect, self._workflow_names, server_time, guard)
         self._starts = ManyRows(insert_into(instances, StartRow._fields), len(StartRow._fields), mark=mark)
@@ -710,6 +708,15 @@ class Store(ABC):
         """Whether anybody may have committed since the last call; costs no statement."""
         return False
 
+    def is_changed_by_others(self) -> Future[bool]:
+        """Whether another connection than the engine's own has committed since the last call."""
+        return self._write(self._is_version_new)
+
+    def _is_version_new(self, link: Link) -> bool:
+        """The database's part of that."""
+        del link
+        return True
+
     def _is_changed(self) -> bool:
         """What :meth:`has_changed` would say, without taking note of it."""
         return False
@@ -770,7 +777,6 @@ class Store(ABC):
     def _write(self, job: Job[T]) -> Future[T]:
         if self._writer is None:
             raise DatabaseError(f"database {self.name} is closed")
-        self.own_writes += 1
         return self._writer.submit(self._typed(job))
 
     def _read(self, job: Job[T]) -> Future[T]:
