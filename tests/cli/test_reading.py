@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sqlite3
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from romancy import App, RetryPolicy, WorkflowContext, activity, current_activity, workflow
 from romancy.cli.text import cell_len
 from tests.cli.conftest import LONG_ID, NASTY, Run
 from tests.databases import rows
+from tests.support import RESULT_TIMEOUT_S
 
 
 def ids(output: str) -> list[str]:
@@ -170,6 +173,36 @@ def test_show_a_sleeper_says_when_it_goes_on_and_a_pending_one_what_it_waits_for
     assert (
         "waits for a worker that has the workflow user_registration" in run("show", "user-2", "--database", shop).stdout
     )
+
+
+def test_show_tells_what_is_being_retried(run: Run, database: Path) -> None:
+    @activity(retry=RetryPolicy.fixed(3, 3600.0))
+    async def charge(amount: int) -> None:
+        current_activity().heartbeat({"asked": "the bank"})
+        raise ConnectionError("the bank is away")
+
+    @workflow
+    async def order(ctx: WorkflowContext) -> None:
+        await charge(5)
+
+    async def fail_once() -> None:
+        async with App(database) as app:
+            await app.start_workflow(order, id="it")
+            async with asyncio.timeout(RESULT_TIMEOUT_S):
+                while not ((found := await app.get_instance("it")) and found.pending and found.pending[0].attempts):
+                    await asyncio.sleep(0.005)
+
+    asyncio.run(fail_once())
+    shown = run("show", "it", "--database", database).stdout
+    lines = [line.strip() for line in shown.splitlines()]
+    at = lines.index("activity charge:1")
+    assert re.fullmatch(r"1 attempt has failed, next .* \(in 59m\d+s\)", lines[at + 1]), lines[at + 1]
+    assert lines[at + 2] == "ConnectionError: the bank is away"
+    assert re.fullmatch(r'last heartbeat .* ago\): {"asked": "the bank"}', lines[at + 3])
+    (pending,) = json.loads(run("show", "it", "--database", database, "--json").stdout)["pending"]
+    assert (pending["activity_id"], pending["attempts"], pending["heartbeat"]) == ("charge:1", 1, {"asked": "the bank"})
+    assert pending["last_error"]["type"] == "builtins.ConnectionError"
+    assert pending["next_attempt_at"].endswith("+00:00")
 
 
 def test_show_as_json(run: Run, shop: Path) -> None:

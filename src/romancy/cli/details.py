@@ -9,7 +9,7 @@ from datetime import datetime
 from romancy.cli.screen import Screen
 from romancy.cli.tables import NARROWEST, STATUS_STYLES, took
 from romancy.cli.text import command, duration, exact_time, printable, printable_lines, wrap
-from romancy.model import ErrorInfo, Instance, Status
+from romancy.model import ErrorInfo, Instance, PendingActivity, Status
 
 INDENT = 2
 
@@ -18,6 +18,9 @@ def instance_details(instance: Instance, screen: Screen, now: datetime) -> str:
     """All of an instance, top to bottom: facts, input, result or error."""
     lines = [screen.paint(screen.show(printable(instance.instance_id)), "bold")]
     lines += _facts(instance, screen, now)
+    for activity in instance.pending:
+        name = f"activity {activity.activity_id}"
+        lines += _section(name, "\n".join(_pending(activity, now)), screen)
     lines += _section("input", _payload(instance.input), screen)
     if instance.status is Status.COMPLETED:
         lines += _section("result", _payload(instance.result), screen)
@@ -80,6 +83,19 @@ def _list_facts(instance: Instance, now: datetime) -> Iterator[tuple[str, str]]:
         yield "taken over", f"{instance.claims} x from dead workers, since it last came forward"
     if instance.source_hash is not None:
         yield "code hash", instance.source_hash
+
+
+def _pending(activity: PendingActivity, now: datetime) -> Iterator[str]:
+    if activity.next_attempt_at is not None:
+        times = "attempt has" if activity.attempts == 1 else "attempts have"
+        is_due = activity.next_attempt_at <= now
+        due = "the next one runs" if is_due else f"next {_moment(activity.next_attempt_at, now)}"
+        yield f"{activity.attempts} {times} failed, {due}"
+    if activity.last_error is not None:
+        yield f"{activity.last_error.type.removeprefix('builtins.')}: {activity.last_error.message}"
+    if activity.heartbeat_at is not None:
+        told = json.dumps(activity.heartbeat, ensure_ascii=False)
+        yield f"last heartbeat {_moment(activity.heartbeat_at, now)}: {told}"
 
 
 def _moment(time: datetime, now: datetime) -> str:

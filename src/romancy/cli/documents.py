@@ -7,7 +7,7 @@ import json
 from datetime import datetime
 from typing import Any
 
-from romancy.model import ErrorInfo, HistoryEvent, Instance, InstancePage
+from romancy.model import ErrorInfo, HistoryEvent, Instance, InstancePage, PendingActivity
 
 
 def to_json(document: Any, *, indent: int | None = 2) -> str:
@@ -15,7 +15,7 @@ def to_json(document: Any, *, indent: int | None = 2) -> str:
     return json.dumps(document, indent=indent).replace("\x7f", "\\u007f")
 
 
-def of_record(record: Instance | HistoryEvent) -> dict[str, Any]:
+def of_record(record: Instance | HistoryEvent | PendingActivity | ErrorInfo) -> dict[str, Any]:
     """An object with the record's own names; times in ISO 8601, in UTC, with microseconds."""
     return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
 
@@ -34,4 +34,6 @@ def of_error(error: Exception) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat(timespec="microseconds")
-    return dataclasses.asdict(value) if isinstance(value, ErrorInfo) else value
+    if isinstance(value, ErrorInfo | PendingActivity):
+        return of_record(value)
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
