@@ -2,63 +2,63 @@
 
     python benchmarks/floor.py throughput --concurrency 64 --count 10000 --dir TMPDIR
     python benchmarks/floor.py latency --activities 1 --count 500 --dir TMPDIR
+    python benchmarks/floor.py sessions --concurrency 64 --count 4000 --database URL
     python benchmarks/floor.py replay --activities 10000 --dir TMPDIR
 
-Each prints one JSON object as the last line of stdout. Nothing durable on the same machine, with this
-database and this driver, can be expected to be much faster.
+Each prints one JSON object as the last line of stdout. Instead of `--dir`, all but the replay take `--database URL`: an
+empty database on a server. Nothing durable on the same machine, with this database and this driver, can be expected
+to be much faster.
 
-* The tables and their indexes are Romancy's own, made by `romancy.storage.migrate`; the rows have the columns
-  and the sizes that Romancy writes. Ids sort by time, as Romancy's do.
-* One thread writes. It takes whatever waits, writes it in one transaction (`BEGIN IMMEDIATE`, then COMMIT
-  with a flush to disk) and wakes the waiters with one call into the event loop.
+* The tables and their indexes are Romancy's own; the rows have the columns and the sizes that Romancy writes. Ids sort
+  by time, as Romancy's do.
+* One thread writes. It takes whatever waits, writes it in one transaction (`group_commit.py`) and wakes the waiters
+  with one call into the event loop.
 * Throughput: a workflow of three activities is five strict durable waits, one after the other: its instance
   row, three rows of history, the update of the instance row.
 * Latency: n activities are n + 1 commits, for the last outcome and the end share one.
-* No fence, no JSON, no clock: constants.
-* Inserts go as `VALUES (...), (...)` of up to 256 rows; `--inserts executemany` measures the other way that
-  suggests itself, which came out somewhat slower. Updates go through `executemany`.
+* Sessions: a workflow of one activity with a transaction of its own is three durable waits: the instance row, then the
+  user's row and the row of history in a transaction on one of 16 further connections, each on a thread, then the
+  update of the instance row. The first and the last are group-committed, as above.
+* No fence, no clock: constants; and no JSON but where it carries the rows to the server.
 """
 
 import argparse
 import asyncio
 import json
 import queue
-import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from peers.common import Result, durability, throughput_result, timed_bounded, timed_each
+from group_commit import MAKERS, Group, SqliteGroup, connect_sqlite, insert_into, insert_values
+from peers.common import Result, throughput_result, timed_bounded, timed_each
 
+from databases import connect
+from romancy.storage.address import parse_address
 from romancy.storage.migrate import ensure_schema
 from romancy.storage.rows import HistoryRow, StartRow
+from romancy.storage.stores import make_store
 
-Write = tuple[str, tuple[Any, ...]]
+Kind = Literal["start", "event", "end"]
+Write = tuple[Kind, tuple[Any, ...]]
 
 WARM_UP = 64
 WAL_WARM_UP = 4_000  # workflows: the log has then been filled, checkpointed and begun anew
-SIZES = (256, 64, 16, 4, 1)
-PAGES_BETWEEN_CHECKPOINTS = 4_000
+SESSION_CONNECTIONS = 16
 NOW_US = 1_795_183_267_772_057
 WORKER_ID = "5e0b9d4c-7d55-4a5e-9f0f-0d6c1a5f7b21"
-
-INSERT_INSTANCE = f"INSERT INTO romancy_instances ({', '.join(StartRow._fields)})"
-INSERT_HISTORY = f"INSERT INTO romancy_history ({', '.join(HistoryRow._fields)})"
-UPDATE_INSTANCE = (
-    "UPDATE romancy_instances SET status = ?, owner = ?, ready_at = ?, updated_at = ?, completed_at = ?, "
-    "result = ?, error = ? WHERE instance_id = ?"
-)
+MAKE_ROWS = "CREATE TABLE bench_rows (id VARCHAR(36) PRIMARY KEY, name VARCHAR(40) NOT NULL)"
 
 
 class Writer:
     """A group commit as one would write it by hand."""
 
-    def __init__(self, path: Path, inserts: str) -> None:
-        self._connection = connect(path)
-        self._insert = insert_values if inserts == "values" else insert_executemany
+    def __init__(self, group: Group) -> None:
+        self._group = group
         self._jobs: queue.SimpleQueue[tuple[Sequence[Write], asyncio.Future[None]]] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self.commits = 0
@@ -71,33 +71,26 @@ class Writer:
         return durable
 
     def durability(self) -> Result:
-        return durability(
-            self._connection.execute("PRAGMA journal_mode").fetchone()[0],
-            self._connection.execute("PRAGMA synchronous").fetchone()[0],
-        )
+        return self._group.durability()
 
     def _run(self) -> None:
         while True:
             batch = [self._jobs.get()]
             batch += [self._jobs.get_nowait() for _ in range(self._jobs.qsize())]
-            self._commit(batch)
-            self._loop.call_soon_threadsafe(self._wake, [durable for _, durable in batch])
+            waiters = [durable for _, durable in batch]
+            try:
+                self._commit(batch)
+            except Exception as error:
+                self._loop.call_soon_threadsafe(self._fail, waiters, error)
+                raise
+            self._loop.call_soon_threadsafe(self._wake, waiters)
 
     def _commit(self, batch: list[tuple[Sequence[Write], asyncio.Future[None]]]) -> None:
-        by_statement: dict[str, list[tuple[Any, ...]]] = {
-            INSERT_INSTANCE: [],
-            INSERT_HISTORY: [],
-            UPDATE_INSTANCE: [],
-        }
+        rows_by_kind: dict[Kind, list[tuple[Any, ...]]] = {"start": [], "event": [], "end": []}
         for rows, _ in batch:
-            for statement, values in rows:
-                by_statement[statement].append(values)
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._insert(self._connection, INSERT_INSTANCE, by_statement[INSERT_INSTANCE])
-        self._insert(self._connection, INSERT_HISTORY, by_statement[INSERT_HISTORY])
-        if by_statement[UPDATE_INSTANCE]:
-            self._connection.executemany(UPDATE_INSTANCE, by_statement[UPDATE_INSTANCE])
-        self._connection.execute("COMMIT")
+            for kind, values in rows:
+                rows_by_kind[kind].append(values)
+        self._group.commit(rows_by_kind["start"], rows_by_kind["event"], rows_by_kind["end"])
         self.commits += 1
 
     @staticmethod
@@ -105,29 +98,10 @@ class Writer:
         for waiter in waiters:
             waiter.set_result(None)
 
-
-def insert_values(connection: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
-    """Several rows a statement, in few sizes, so that few statements are prepared."""
-    done = 0
-    for size in SIZES:
-        while len(rows) - done >= size:
-            row = f"({','.join('?' * len(rows[0]))})"
-            flat = [value for row in rows[done : done + size] for value in row]
-            connection.execute(f"{statement} VALUES {','.join([row] * size)}", flat)
-            done += size
-
-
-def insert_executemany(connection: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
-    if rows:
-        connection.executemany(f"{statement} VALUES ({','.join('?' * len(rows[0]))})", rows)
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_BETWEEN_CHECKPOINTS}")
-    return connection
+    @staticmethod
+    def _fail(waiters: list[asyncio.Future[None]], error: Exception) -> None:
+        for waiter in waiters:
+            waiter.set_exception(error)
 
 
 def instance_ids() -> Iterator[str]:
@@ -139,14 +113,14 @@ def instance_ids() -> Iterator[str]:
 
 
 def start_row(instance_id: str) -> Write:
-    return INSERT_INSTANCE, (
+    return "start", StartRow(
         instance_id, 1, "chain", "running", WORKER_ID, None, 0, NOW_US, NOW_US, NOW_US, "417e19f2dd805c70",
         '{"name":"bench","number":0}',
     )  # fmt: skip
 
 
 def history_row(instance_id: str, seq: int) -> Write:
-    return INSERT_HISTORY, (
+    return "event", HistoryRow(
         instance_id, 1, seq, "ActivityCompleted", f"step:{seq}", "step", seq, 1, NOW_US, None,
         '{"name":"bench","number":0}', '{"name":"bench","number":0}', None,
     )  # fmt: skip
@@ -154,11 +128,11 @@ def history_row(instance_id: str, seq: int) -> Write:
 
 def end_row(instance_id: str) -> Write:
     result = '{"name":"bench","number":2}'
-    return UPDATE_INSTANCE, ("completed", None, None, NOW_US, NOW_US, result, None, instance_id)
+    return "end", ("completed", None, None, NOW_US, NOW_US, result, None, instance_id)
 
 
-async def throughput(args: argparse.Namespace, path: Path) -> Result:
-    writer = Writer(path, args.inserts)
+async def throughput(args: argparse.Namespace, group: Group) -> Result:
+    writer = Writer(group)
     ids = instance_ids()
 
     async def run_one(_: int) -> None:
@@ -176,8 +150,8 @@ async def throughput(args: argparse.Namespace, path: Path) -> Result:
     return throughput_result(args.count, seconds) | extra | writer.durability()
 
 
-async def latency(args: argparse.Namespace, path: Path) -> Result:
-    writer = Writer(path, args.inserts)
+async def latency(args: argparse.Namespace, group: Group) -> Result:
+    writer = Writer(group)
     ids = instance_ids()
 
     async def run_one(_: int) -> None:
@@ -192,16 +166,60 @@ async def latency(args: argparse.Namespace, path: Path) -> Result:
     return await timed_each(run_one, args.count) | writer.durability()
 
 
+class Sessions:
+    """Transactions of the user's own, on connections that each have a thread."""
+
+    def __init__(self, url: str) -> None:
+        self._local = threading.local()
+        self._url = url
+        self._threads = ThreadPoolExecutor(SESSION_CONNECTIONS, initializer=self._connect)
+        self._loop = asyncio.get_running_loop()
+        self._insert = f"{insert_into('romancy_history', HistoryRow._fields)} VALUES ({marks(HistoryRow._fields)})"
+
+    def commit(self, instance_id: str) -> asyncio.Future[None]:
+        """Insert a row of the user's and one of history."""
+        return self._loop.run_in_executor(self._threads, self._commit, instance_id)
+
+    def _connect(self) -> None:
+        self._local.cursor = connect(self._url).cursor()
+
+    def _commit(self, instance_id: str) -> None:
+        execute: Callable[..., Any] = self._local.cursor.execute
+        execute("BEGIN")
+        execute("INSERT INTO bench_rows (id, name) VALUES (%s, %s)", (instance_id, "bench"))
+        execute(self._insert, history_row(instance_id, 1)[1])
+        execute("COMMIT")
+
+
+def marks(columns: Sequence[str]) -> str:
+    return ", ".join(["%s"] * len(columns))
+
+
+async def sessions(args: argparse.Namespace, group: Group) -> Result:
+    writer, own, ids = Writer(group), Sessions(args.database), instance_ids()
+    connect(args.database).cursor().execute(MAKE_ROWS)
+
+    async def run_one(_: int) -> None:
+        instance_id = next(ids)
+        await writer.write(start_row(instance_id))
+        await own.commit(instance_id)
+        await writer.write(end_row(instance_id))
+
+    await timed_bounded(run_one, args.concurrency * 10, args.concurrency)
+    seconds = await timed_bounded(run_one, args.count, args.concurrency)
+    return throughput_result(args.count, seconds) | writer.durability()
+
+
 async def replay(args: argparse.Namespace, path: Path) -> Result:
     """Reading the rows of one history, in their order, on a connection that was not used before."""
     instance_id = next(instance_ids())
-    setup = connect(path)
+    setup = connect_sqlite(path)
     setup.execute("BEGIN IMMEDIATE")
     rows = [history_row(instance_id, seq)[1] for seq in range(1, args.activities + 1)]
-    insert_values(setup, INSERT_HISTORY, rows)
+    insert_values(setup, insert_into("romancy_history", HistoryRow._fields), rows)
     setup.execute("COMMIT")
     setup.close()
-    connection = connect(path)
+    connection = connect_sqlite(path)
     columns = ", ".join(HistoryRow._fields)
     query = f"SELECT {columns} FROM romancy_history WHERE instance_id = ? AND run = 1 ORDER BY seq"
     started = time.perf_counter()
@@ -211,20 +229,36 @@ async def replay(args: argparse.Namespace, path: Path) -> Result:
     return {"replay_seconds": round(seconds, 5)}
 
 
+def on_server(args: argparse.Namespace) -> Result:
+    address = parse_address(args.database)
+    store = make_store(address, [])
+    store.prepare(migrate=True)
+    return asyncio.run(WORKS[args.work](args, MAKERS[store.kind](args.database)))
+
+
+def on_sqlite(args: argparse.Namespace) -> Result:
+    with tempfile.TemporaryDirectory(prefix="floor-", dir=args.dir, ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "floor.db"
+        ensure_schema(str(path), lambda: connect_sqlite(path), migrate=True)
+        if args.work == "replay":
+            return asyncio.run(replay(args, path))
+        return asyncio.run(WORKS[args.work](args, SqliteGroup(path, args.inserts)))
+
+
+WORKS = {work.__name__: work for work in (throughput, latency, sessions)}
+
+
 def main() -> None:
-    works = {work.__name__: work for work in (throughput, latency, replay)}
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", choices=works)
+    parser.add_argument("work", choices=[*WORKS, "replay"])
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--count", type=int, default=1_000)
     parser.add_argument("--activities", type=int, default=1)
-    parser.add_argument("--inserts", choices=["values", "executemany"], default="values")
-    parser.add_argument("--dir", type=Path, help="where to put the database (default: the system's temp)")
+    parser.add_argument("--inserts", choices=["values", "executemany"], default="values", help="on SQLite")
+    parser.add_argument("--dir", type=Path, help="where to put a SQLite database (default: the system's temp)")
+    parser.add_argument("--database", help="instead: an empty database on a server, as postgresql://… or mysql://…")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="floor-", dir=args.dir, ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "floor.db"
-        ensure_schema(str(path), lambda: connect(path), migrate=True)
-        result = asyncio.run(works[args.work](args, path))
+    result = on_sqlite(args) if args.database is None else on_server(args)
     print(json.dumps({"system": "floor", "work": args.work} | result))
 
 

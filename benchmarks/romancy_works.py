@@ -1,7 +1,8 @@
-"""Measure Romancy on SQLite; the same works as the peers do, and some of its own.
+"""Measure Romancy in one process; the same works as the peers do, and some of its own.
 
     python benchmarks/romancy_works.py throughput --concurrency 64 --count 10000 --dir TMPDIR
     python benchmarks/romancy_works.py latency --activities 1 --count 500 --dir TMPDIR
+    python benchmarks/romancy_works.py sessions --concurrency 64 --count 4000 --dir TMPDIR
     python benchmarks/romancy_works.py replay --activities 10000 --dir TMPDIR [--recorded KEPT]
     python benchmarks/romancy_works.py growth --activities 5000 --dir TMPDIR
     python benchmarks/romancy_works.py memory --count 5000 [--max-hot 500] --dir TMPDIR
@@ -9,7 +10,8 @@
     python benchmarks/romancy_works.py sleepers --count 100000 --dir TMPDIR
     python benchmarks/romancy_works.py idle --seconds 60 --dir TMPDIR
 
-Each prints one JSON object as the last line of stdout. The app has its default options, except where a work
+Each prints one JSON object as the last line of stdout. Instead of `--dir`, most take `--database URL`: an empty
+database on a server. The app has its default options, except where a work
 is about one of them (`memory --max-hot`). What durability the app's own connections answer is in the result.
 """
 
@@ -18,10 +20,7 @@ import asyncio
 import json
 import shutil
 import signal
-import sqlite3
 import subprocess
-import sys
-import tempfile
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,11 +37,11 @@ from peers.common import (
     timed_bounded,
     timed_each,
 )
+from place import FILE, Place, add_place, again, run_work
+from sqlalchemy import text
 
-import romancy
-from romancy import App, Status, WorkflowContext, activity, workflow
+from romancy import App, Status, WorkflowContext, activity, current_activity, workflow
 
-DATABASE = "romancy.db"
 WARM_UP = 64
 WAL_WARM_UP = 4_000  # workflows: the log has then been filled, checkpointed and begun anew
 HOT_WARM_UP = 4_000  # so many wait before the baseline: threads, connections, caches and heap have their size
@@ -51,6 +50,9 @@ RESTART_ACTIVITIES = 5
 RESTART_ACTIVITY_S = 0.2
 IDLE_SLEEPERS = 100
 IDLE_SETTLE_S = 6.0
+
+MAKE_ROWS = "CREATE TABLE bench_rows (id VARCHAR(36) PRIMARY KEY, name VARCHAR(40) NOT NULL)"
+KEEP_ROW = text("INSERT INTO bench_rows (id, name) VALUES (:id, :name)")
 
 clock = ReplayClock()
 reached = asyncio.Event()
@@ -146,6 +148,17 @@ async def slow_chain(ctx: WorkflowContext) -> None:
         await slow_step(ctx.instance_id)
 
 
+@activity
+async def keep_row(instance_id: str, name: str) -> str:
+    await current_activity().session.execute(KEEP_ROW, {"id": instance_id, "name": name})
+    return name
+
+
+@workflow
+async def keep(ctx: WorkflowContext, name: str) -> str:
+    return await keep_row(ctx.instance_id, name)
+
+
 async def run_chain(app: App, activities: int) -> None:
     handle = await app.start_workflow(chain, "bench", activities)
     result = await handle.result()
@@ -156,44 +169,47 @@ async def warm_up(app: App) -> None:
     await timed_bounded(lambda _: run_chain(app, 3), WAL_WARM_UP, 512)
 
 
-def ask(folder: Path, query: str) -> Any:
-    """Ask the database on a connection of the benchmark's own."""
-    connection = sqlite3.connect(folder / DATABASE)
-    try:
-        return connection.execute(query).fetchone()[0]
-    finally:
-        connection.close()
-
-
-async def until(folder: Path, query: str, wanted: int, every_s: float) -> None:
-    """Wait until the answer is so much."""
-    while ask(folder, query) != wanted:
-        await asyncio.sleep(every_s)
-
-
 # -- the works -------------------------------------------------------------------------------------------
 
 
-async def throughput(args: argparse.Namespace, folder: Path) -> Result:
-    watch = connections.watch()
-    async with App(folder / DATABASE) as app:
+async def throughput(args: argparse.Namespace, place: Place) -> Result:
+    watch = place.watch()
+    async with App(place.address) as app:
         await warm_up(app)
         cpu = time.process_time()
         seconds = await timed_bounded(lambda _: run_chain(app, 3), args.count, args.concurrency)
         cpu = time.process_time() - cpu
         extra = {"cpu_us_per_workflow": round(cpu / args.count * 1e6, 1)}
-        return throughput_result(args.count, seconds) | extra | watch.durability()
+        return throughput_result(args.count, seconds) | extra | watch.durability(app)
 
 
-async def latency(args: argparse.Namespace, folder: Path) -> Result:
-    watch = connections.watch()
-    async with App(folder / DATABASE) as app:
+async def latency(args: argparse.Namespace, place: Place) -> Result:
+    watch = place.watch()
+    async with App(place.address) as app:
         await warm_up(app)
         await timed_each(lambda _: run_chain(app, args.activities), WARM_UP)
-        return await timed_each(lambda _: run_chain(app, args.activities), args.count) | watch.durability()
+        return await timed_each(lambda _: run_chain(app, args.activities), args.count) | watch.durability(app)
 
 
-async def replay(args: argparse.Namespace, folder: Path) -> Result:
+async def sessions(args: argparse.Namespace, place: Place) -> Result:
+    """Workflows of one activity that inserts a row of its own in the transaction that records its outcome."""
+    watch = place.watch()
+    async with App(place.address) as app:
+        place.connection.cursor().execute(MAKE_ROWS)
+
+        async def run_one(_: int) -> None:
+            handle = await app.start_workflow(keep, "bench")
+            assert await handle.result() == "bench"
+
+        await timed_bounded(run_one, args.concurrency * 10, args.concurrency)
+        seconds = await timed_bounded(run_one, args.count, args.concurrency)
+        kept = place.ask("SELECT count(*) FROM bench_rows")
+        if kept != args.count + args.concurrency * 10:
+            raise RuntimeError(f"{kept} rows are there")
+        return throughput_result(args.count, seconds) | watch.durability(app)
+
+
+async def replay(args: argparse.Namespace, place: Place) -> Result:
     """A process is killed after N activities; another one resumes the workflow from its history.
 
     `seconds` begin as the app starts, `replay_seconds` with the statement that claims the instance; both end
@@ -202,37 +218,37 @@ async def replay(args: argparse.Namespace, folder: Path) -> Result:
     global is_crashing
     if args.phase == "crash":
         is_crashing = True
-        async with App(folder / DATABASE) as app:
+        async with App(place.address) as app:
             await app.start_workflow(recorded, args.activities)
             await reached.wait()
-    origin: Path = args.recorded or folder / "recorded"
-    if not (origin / DATABASE).exists():
+    origin: Path = args.recorded or place.folder / "recorded"
+    if not (origin / FILE).exists():
         origin.mkdir(parents=True, exist_ok=True)
-        options = ["--activities", str(args.activities), "--dir", str(origin), "--phase", "crash"]
-        crashed = await asyncio.to_thread(subprocess.run, [sys.executable, __file__, "replay", *options])
+        command = again("replay", "crash", Place(origin, None), activities=args.activities)
+        crashed = await asyncio.to_thread(subprocess.run, command)
         if crashed.returncode != -signal.SIGKILL:
             raise RuntimeError(f"the recording process ended with {crashed.returncode}, not SIGKILL")
-    for file in origin.glob(f"{DATABASE}*"):
-        shutil.copy(file, folder)
-    watch = connections.watch(is_traced=True)
+    for file in origin.glob(f"{FILE}*"):
+        shutil.copy(file, place.folder)
+    watch = connections.watch_sqlite(is_traced=True)
     claim = "UPDATE romancy_instances SET"
     watch.note_first(claim)
     clock.launched = time.perf_counter()
-    async with App(folder / DATABASE):
+    async with App(place.address) as app:
         await reached.wait()
         result = clock.result() | {"replay_seconds": round(clock.past - watch.first_seen[claim], 5)}
         await asyncio.sleep(0.1)
-        return result | watch.durability()
+        return result | watch.durability(app)
 
 
-async def growth(args: argparse.Namespace, folder: Path) -> Result:
+async def growth(args: argparse.Namespace, place: Place) -> Result:
     """The last tenth of a long history against the first activities of a fresh one, in turns.
 
     One activity of the one, one of the other: a slow moment of the disk meets both. Only one is on its way at
     a time; what is timed is the engine, from the return of an activity until the next one begins.
     """
-    watch = connections.watch()
-    async with App(folder / DATABASE) as app:
+    watch = place.watch()
+    async with App(place.address) as app:
         await warm_up(app)
         long = await app.start_workflow(growing, args.activities)
         await reached.wait()
@@ -245,59 +261,57 @@ async def growth(args: argparse.Namespace, folder: Path) -> Result:
         await asyncio.gather(*done)
         first, last = median(durations_s["fresh"]), median(durations_s["long"])
         result = {"first_ms": round(first * 1000, 4), "last_ms": round(last * 1000, 4)}
-        return result | {"last_to_first": round(last / first, 4)} | watch.durability()
+        return result | {"last_to_first": round(last / first, 4)} | watch.durability(app)
 
 
-async def memory(args: argparse.Namespace, folder: Path) -> Result:
+async def memory(args: argparse.Namespace, place: Place) -> Result:
     """How much the resident set grows with each sleeping instance; with `--max-hot`, with each cold one."""
-    watch = connections.watch()
+    watch = place.watch()
     options = {} if args.max_hot is None else {"max_hot_instances": args.max_hot}
     before_count = HOT_WARM_UP if args.max_hot is None else COLD_WARM_UP
     waiting = f"SELECT count(*) FROM romancy_instances WHERE status = '{Status.WAITING_FOR_TIMER.value}'"
-    async with App(folder / DATABASE, **options) as app:
+    async with App(place.address, **options) as app:
         await timed_bounded(lambda _: app.start_workflow(sleeper), before_count, WARM_UP)
-        await until(folder, waiting, before_count, 0.1)
+        await place.until(waiting, before_count, 0.1)
         before = resident_bytes()
         await timed_bounded(lambda _: app.start_workflow(sleeper), args.count, WARM_UP)
-        await until(folder, waiting, before_count + args.count, 0.1)
+        await place.until(waiting, before_count + args.count, 0.1)
         await asyncio.sleep(0.5)
         grown = resident_bytes() - before
-        owned = ask(folder, "SELECT count(*) FROM romancy_instances WHERE owner IS NOT NULL")
+        owned = place.ask("SELECT count(*) FROM romancy_instances WHERE owner IS NOT NULL")
         result = {"bytes_per_instance": round(grown / args.count), "grown_bytes": grown, "hot": owned}
-        return result | watch.durability()
+        return result | watch.durability(app)
 
 
-async def restart(args: argparse.Namespace, folder: Path) -> Result:
+async def restart(args: argparse.Namespace, place: Place) -> Result:
     """Kill a process with so many instances in their first activity, and start it again.
 
     `seconds` from the kill until all instances are complete, the start of the interpreter and imports
     included; `app_seconds` from the start of the app. What is left to be done takes one second.
     """
     if args.phase == "crash":
-        await run_until_killed(args.count, folder)
+        await run_until_killed(args.count, place)
     if args.phase == "recover":
-        return await recover(folder)
-    options = ["--count", str(args.count), "--dir", str(folder), "--phase"]
-    command = [sys.executable, __file__, "restart", *options]
-    first = subprocess.Popen([*command, "crash"], stdout=subprocess.PIPE)
+        return await recover(place)
+    first = subprocess.Popen(again("restart", "crash", place, count=args.count), stdout=subprocess.PIPE)
     assert first.stdout is not None
     if first.stdout.readline() != b"in flight\n":
         raise RuntimeError(f"the first process ended early, with {first.wait()}")
     first.kill()
     killed = time.time()
     first.wait()
-    left = ask(folder, "SELECT count(*) FROM romancy_instances WHERE completed_at IS NULL")
+    left = place.ask("SELECT count(*) FROM romancy_instances WHERE completed_at IS NULL")
     if left != args.count:
         raise RuntimeError(f"{left} instances were in flight, not {args.count}")
     second = await asyncio.to_thread(
-        subprocess.run, [*command, "recover"], stdout=subprocess.PIPE, check=True, timeout=600
+        subprocess.run, again("restart", "recover", place), stdout=subprocess.PIPE, check=True, timeout=600
     )
     result: Result = json.loads(second.stdout)
     return {"seconds": round(result.pop("ended") - killed, 3)} | result
 
 
-async def run_until_killed(count: int, folder: Path) -> None:
-    async with App(folder / DATABASE) as app:
+async def run_until_killed(count: int, place: Place) -> None:
+    async with App(place.address) as app:
         await timed_bounded(lambda _: app.start_workflow(slow_chain), count, count)
         while len(begun) < count:
             await asyncio.sleep(0.001)
@@ -305,26 +319,26 @@ async def run_until_killed(count: int, folder: Path) -> None:
         await asyncio.sleep(3600)
 
 
-async def recover(folder: Path) -> Result:
-    watch = connections.watch()
+async def recover(place: Place) -> Result:
+    watch = place.watch()
     launched = time.time()
-    async with App(folder / DATABASE):
-        await until(folder, "SELECT count(*) FROM romancy_instances WHERE completed_at IS NULL", 0, 0.01)
+    async with App(place.address) as app:
+        await place.until("SELECT count(*) FROM romancy_instances WHERE completed_at IS NULL", 0, 0.01)
         ended = time.time()
-        bad = ask(folder, "SELECT count(*) FROM romancy_instances WHERE status <> 'completed'")
+        bad = place.ask("SELECT count(*) FROM romancy_instances WHERE status <> 'completed'")
         if bad:
             raise RuntimeError(f"{bad} instances did not complete")
-        return {"ended": ended, "app_seconds": round(ended - launched, 3)} | watch.durability()
+        return {"ended": ended, "app_seconds": round(ended - launched, 3)} | watch.durability(app)
 
 
-async def sleepers(args: argparse.Namespace, folder: Path) -> Result:
+async def sleepers(args: argparse.Namespace, place: Place) -> Result:
     """So many instances sleep until moments spread over one second; how long until all have been woken?
 
     `seconds` from the first of those moments until the last instance has gone on; `durable_seconds` until its
     end is durable too. Most of them are cold then: the app keeps its default number hot.
     """
-    watch = connections.watch()
-    async with App(folder / DATABASE) as app:
+    watch = place.watch()
+    async with App(place.address) as app:
         started = time.perf_counter()
         far = datetime.now(UTC) + timedelta(days=1)
         probe = 2_000
@@ -345,7 +359,7 @@ async def sleepers(args: argparse.Namespace, folder: Path) -> Result:
             if datetime.now(UTC) > due + timedelta(seconds=600):
                 raise RuntimeError(f"{args.count - len(woken_late_s)} were not woken within 600 s")
         seconds = (datetime.now(UTC) - due).total_seconds()
-        await until(folder, "SELECT count(*) FROM romancy_instances WHERE completed_at IS NULL", probe, 0.1)
+        await place.until("SELECT count(*) FROM romancy_instances WHERE completed_at IS NULL", probe, 0.1)
         durable_seconds = (datetime.now(UTC) - due).total_seconds()
         late = sorted(woken_late_s)
         return {
@@ -358,13 +372,13 @@ async def sleepers(args: argparse.Namespace, folder: Path) -> Result:
             "starts_per_s": round(args.count / start_seconds),
             "commits_per_start": round(commits / args.count, 4),
             "resident_megabytes": round(resident / 1e6, 1),
-        } | watch.durability()
+        } | watch.durability(app)
 
 
-async def idle(args: argparse.Namespace, folder: Path) -> Result:
+async def idle(args: argparse.Namespace, place: Place) -> Result:
     """The statements that a worker sends while some instances sleep and nothing is due."""
-    watch = connections.watch(is_traced=True)
-    async with App(folder / DATABASE) as app:
+    watch = place.watch(is_traced=True)
+    async with App(place.address) as app:
         await timed_bounded(lambda _: app.start_workflow(sleeper), IDLE_SLEEPERS, IDLE_SLEEPERS)
         await asyncio.sleep(IDLE_SETTLE_S)
         before, cpu = watch.statements, time.process_time()
@@ -374,29 +388,22 @@ async def idle(args: argparse.Namespace, folder: Path) -> Result:
             "statements_per_minute": round(statements / args.seconds * 60, 1),
             "cpu_percent": round(cpu / args.seconds * 100, 2),
         }
-        return result | watch.durability()
+        return result | watch.durability(app)
 
 
 def main() -> None:
-    works = {work.__name__: work for work in (throughput, latency, replay, growth, memory, restart, sleepers, idle)}
+    measured = (throughput, latency, sessions, replay, growth, memory, restart, sleepers, idle)
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", choices=works)
+    parser.add_argument("work", choices=[work.__name__ for work in measured])
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--count", type=int, default=1_000)
     parser.add_argument("--activities", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--max-hot", type=int, help="keep so few waiting instances in memory")
     parser.add_argument("--recorded", type=Path, help="a folder that keeps the history to replay")
-    parser.add_argument("--dir", type=Path, help="where to put the database (default: the system's temp)")
     parser.add_argument("--phase", choices=["crash", "recover"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.phase:
-        result = asyncio.run(works[args.work](args, args.dir))
-    else:
-        with tempfile.TemporaryDirectory(prefix="romancy-", dir=args.dir, ignore_cleanup_errors=True) as made:
-            result = asyncio.run(works[args.work](args, Path(made)))
-    head = {} if args.phase else {"system": "romancy", "version": romancy.__version__, "work": args.work}
-    print(json.dumps(head | result))
+    add_place(parser)
+    run_work(parser.parse_args(), {work.__name__: work for work in measured})
 
 
 if __name__ == "__main__":

@@ -22,17 +22,8 @@ from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any
 
-from floor import (
-    INSERT_HISTORY,
-    UPDATE_INSTANCE,
-    WAL_WARM_UP,
-    Writer,
-    connect,
-    end_row,
-    history_row,
-    instance_ids,
-    start_row,
-)
+from floor import WAL_WARM_UP, Writer, end_row, history_row, instance_ids, start_row
+from group_commit import SqliteGroup, connect_sqlite
 from peers.common import timed_bounded
 
 from romancy.storage.migrate import ensure_schema
@@ -111,7 +102,7 @@ class Instance:
         if self._main.done():
             now = time.time_ns() // 1_000
             values = ("completed", None, None, now, now, dump(self._main.result()), None, self._id)
-            self._writer.write((UPDATE_INSTANCE, values)).add_done_callback(self._on_end)
+            self._writer.write(("end", values)).add_done_callback(self._on_end)
         elif self._durable is None or self._durable.done():
             self._start()
         else:
@@ -128,7 +119,7 @@ class Instance:
             self._id, 1, self._seq, "ActivityCompleted", f"step:{self._seq}", "step", self._seq, 1,
             time.time_ns() // 1_000, None, self._text, result, None,
         )  # fmt: skip
-        self._durable = self._writer.write((INSERT_HISTORY, row))
+        self._durable = self._writer.write(("event", row))
         self._future.set_result(json.loads(result))
         self.advance()
 
@@ -138,7 +129,7 @@ class Instance:
 
 
 async def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    writer, ids, outer = Writer(path, "values"), instance_ids(), asyncio.get_running_loop()
+    writer, ids, outer = Writer(SqliteGroup(path)), instance_ids(), asyncio.get_running_loop()
 
     async def floor(_: int) -> None:
         instance_id = next(ids)
@@ -169,7 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="skeleton-", dir=args.dir, ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "skeleton.db"
-        ensure_schema(str(path), lambda: connect(path), migrate=True)
+        ensure_schema(str(path), lambda: connect_sqlite(path), migrate=True)
         print(json.dumps({"concurrency": args.concurrency} | asyncio.run(measure(args, path))))
 
 

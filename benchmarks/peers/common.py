@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import sqlalchemy
 
 Result = dict[str, Any]
-Work = Callable[[argparse.Namespace, Path], Coroutine[Any, Any, Result]]
+Work = Callable[[argparse.Namespace, "Path | str"], Coroutine[Any, Any, Result]]
 
 
 def force_durability() -> None:
@@ -47,6 +47,33 @@ def durability(journal_mode: str, synchronous: int) -> Result:
     if (journal_mode, synchronous) != ("wal", 2):
         raise RuntimeError(f"not WAL with synchronous=FULL: {journal_mode}, {synchronous}")
     return {"journal_mode": journal_mode, "synchronous": synchronous}
+
+
+SETTINGS = {
+    "postgresql": ("server_version", "fsync", "synchronous_commit", "full_page_writes", "wal_sync_method"),
+    "mysql": ("version", "innodb_flush_log_at_trx_commit", "innodb_doublewrite", "log_bin", "sync_binlog"),
+}
+QUESTIONS = {
+    "postgresql": "SELECT " + ", ".join(f"current_setting('{name}')" for name in SETTINGS["postgresql"]),
+    "mysql": "SELECT " + ", ".join(f"@@{name}" for name in SETTINGS["mysql"]),
+}
+
+
+def server_settings(kind: str, fetch: Callable[[str], Any]) -> Result:
+    """What a connection to a server answers; refuse to report a run that could lose what was acknowledged.
+
+    Args:
+        kind: ``postgresql`` or ``mysql``.
+        fetch: asks one question on that connection and gives the first row.
+    """
+    found = dict(zip(SETTINGS[kind], fetch(QUESTIONS[kind]), strict=True))
+    if kind == "postgresql":
+        is_durable = found["fsync"] == found["full_page_writes"] == "on" and found["synchronous_commit"] != "off"
+    else:
+        is_durable = found["innodb_flush_log_at_trx_commit"] == 1
+    if not is_durable:
+        raise RuntimeError(f"the server would lose what it has acknowledged: {found}")
+    return {"server": found}
 
 
 def tune_garbage_collector() -> None:
@@ -135,7 +162,8 @@ def die() -> None:
 
 def parse_args() -> argparse.Namespace:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--dir", type=Path, help="where to put the database (default: the system's temp)")
+    options.add_argument("--dir", type=Path, help="where to put a SQLite database (default: the system's temp)")
+    options.add_argument("--database", help="instead: an empty database on a server, as postgresql://… or mysql://…")
     parser = argparse.ArgumentParser()
     works = parser.add_subparsers(dest="work", required=True)
     throughput = works.add_parser("throughput", parents=[options])
@@ -174,14 +202,17 @@ def main(
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if getattr(args, "phase", None):
-            directory = args.dir  # both phases share the directory that their parent made
+            place = args.dir  # both phases share the directory that their parent made
+        elif args.database is not None:
+            place = args.database
         else:
             made = tempfile.TemporaryDirectory(prefix=f"{system}-", dir=args.dir, ignore_cleanup_errors=True)
-            directory = Path(stack.enter_context(made)).resolve()
-        force_durability()
+            place = Path(stack.enter_context(made)).resolve()
+        if args.database is None:
+            force_durability()
         runner = asyncio.Runner(loop_factory=loop_factory)  # never closed: `finish` ends the process
         try:
-            result = runner.run(works[args.work](args, directory))
+            result = runner.run(works[args.work](args, place))
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"[:300]}

@@ -1,11 +1,12 @@
-"""Benchmark DBOS Transact (PyPI: dbos) on SQLite, for comparison with Romancy.
+"""Benchmark DBOS Transact (PyPI: dbos), for comparison with Romancy.
 
     python benchmarks/peers/dbos_peer.py throughput --concurrency 64 --count 200 --dir TMPDIR
     python benchmarks/peers/dbos_peer.py latency --count 100 --activities 1 --dir TMPDIR
     python benchmarks/peers/dbos_peer.py replay --activities 1000 --dir TMPDIR
     python benchmarks/peers/dbos_peer.py memory --count 1000 --dir TMPDIR
 
-Each prints one JSON object as the last line of stdout; `{"error": ...}` in it says that the work failed.
+Each prints one JSON object as the last line of stdout; `{"error": ...}` in it says that the work failed. Instead of
+`--dir`, throughput and latency take `--database postgresql://…`: an empty database.
 
 Configuration, and why:
 
@@ -17,7 +18,9 @@ Configuration, and why:
   but is no setting to run an application with.
 * The connection pool stays at its default (20); smaller pools gained nothing more once threads were bounded.
 * No queue: DBOS dequeues by polling once a second, which would only slow these works down.
-* WAL and synchronous=FULL come from `common.force_durability`; DBOS's own are rollback journal and FULL.
+* WAL and synchronous=FULL come from `common.force_durability`; DBOS's own are rollback journal and FULL. On
+  PostgreSQL its connections keep the server's settings.
+* On PostgreSQL the threads stay unlimited and the pool at its default: there is no lock to contend for.
 """
 
 import argparse
@@ -75,13 +78,13 @@ async def sleeper() -> None:
     await DBOS.sleep_async(24 * 3600)
 
 
-def launch(directory: Path) -> DBOS:
-    config: DBOSConfig = {
-        "name": "dbos-peer",
-        "system_database_url": f"sqlite:///{directory / 'dbos.sqlite'}",
-        "max_executor_threads": THREADS,
-        "log_level": "ERROR",
-    }
+def launch(place: Path | str) -> DBOS:
+    config: DBOSConfig = {"name": "dbos-peer", "log_level": "ERROR"}
+    if isinstance(place, str):
+        config["system_database_url"] = place
+    else:
+        config["system_database_url"] = f"sqlite:///{place / 'dbos.sqlite'}"
+        config["max_executor_threads"] = THREADS
     dbos = DBOS(config=config)
     DBOS.launch()  # inside the running loop, so that recovered workflows run on it too
     return dbos
@@ -89,11 +92,17 @@ def launch(directory: Path) -> DBOS:
 
 def query(dbos: DBOS, statement: str) -> Any:
     """Ask on one of the connections of DBOS's own pool."""
+    return fetch(dbos, statement)[0]
+
+
+def fetch(dbos: DBOS, statement: str) -> Any:
     with dbos._sys_db.engine.connect() as connection:
-        return connection.exec_driver_sql(statement).scalar_one()
+        return connection.exec_driver_sql(statement).one()
 
 
 def durability(dbos: DBOS) -> common.Result:
+    if dbos._sys_db.engine.dialect.name == "postgresql":
+        return common.server_settings("postgresql", lambda question: fetch(dbos, question))
     verified = common.durability(query(dbos, "PRAGMA journal_mode"), query(dbos, "PRAGMA synchronous"))
     return verified | {"settings": {"event_loop": "asyncio", "max_executor_threads": THREADS}}
 
@@ -104,15 +113,15 @@ async def run_chain(activities: int) -> None:
     assert result == {"name": "peer", "number": activities - 1}, result
 
 
-async def throughput(args: argparse.Namespace, directory: Path) -> common.Result:
-    dbos = launch(directory)
+async def throughput(args: argparse.Namespace, place: Path | str) -> common.Result:
+    dbos = launch(place)
     await common.timed_bounded(lambda _: run_chain(3), WARM_UP, WARM_UP)
     seconds = await common.timed_bounded(lambda _: run_chain(3), args.count, args.concurrency)
     return common.throughput_result(args.count, seconds) | durability(dbos)
 
 
-async def latency(args: argparse.Namespace, directory: Path) -> common.Result:
-    dbos = launch(directory)
+async def latency(args: argparse.Namespace, place: Path | str) -> common.Result:
+    dbos = launch(place)
     await common.timed_each(lambda _: run_chain(args.activities), WARM_UP)
     return await common.timed_each(lambda _: run_chain(args.activities), args.count) | durability(dbos)
 

@@ -1,11 +1,12 @@
-"""Benchmark Edda (PyPI: edda-framework) on SQLite, for comparison with Romancy.
+"""Benchmark Edda (PyPI: edda-framework), for comparison with Romancy.
 
     python benchmarks/peers/edda_peer.py throughput --concurrency 64 --count 200 --dir TMPDIR
     python benchmarks/peers/edda_peer.py latency --count 100 --activities 1 --dir TMPDIR
     python benchmarks/peers/edda_peer.py replay --activities 1000 --dir TMPDIR
     python benchmarks/peers/edda_peer.py memory --count 1000 --dir TMPDIR
 
-Each prints one JSON object as the last line of stdout; `{"error": ...}` in it says that the work failed.
+Each prints one JSON object as the last line of stdout; `{"error": ...}` in it says that the work failed. Instead of
+`--dir`, throughput and latency take `--database URL`: an empty database, as postgresql://… or mysql://….
 
 Configuration, and why:
 
@@ -22,7 +23,9 @@ Configuration, and why:
   a lock is a read and then a write, both then run the same instance, and one run fails with a violated UNIQUE
   constraint (seen in four runs of four, with 600 workflows and 64 in flight). If at all, this favours Edda.
 * No outbox and no HTTP: those are parts of Edda that the works measured here don't need.
-* WAL and synchronous=FULL come from `common.force_durability`; Edda's own are rollback journal and FULL.
+* WAL and synchronous=FULL come from `common.force_durability`; Edda's own are rollback journal and FULL. On servers
+  its connections keep the server's settings.
+* On servers it has the engine that it makes for itself, with asyncpg and aiomysql.
 """
 
 import argparse
@@ -83,11 +86,18 @@ async def sleeper(ctx: WorkflowContext) -> dict[str, Any]:
     return {}
 
 
-async def launch(directory: Path) -> EddaApp:
-    url = f"sqlite+aiosqlite:///{directory / 'edda.sqlite'}"
-    app = EddaApp(service_name="edda-peer", db_url=url)
-    patient = create_async_engine(url, pool_size=5, max_overflow=0, pool_timeout=3600, connect_args={"timeout": 60})
-    app.storage = SQLAlchemyStorage(patient)
+DRIVERS = {"postgresql": "postgresql+asyncpg", "mysql": "mysql+aiomysql"}
+
+
+async def launch(place: Path | str) -> EddaApp:
+    if isinstance(place, str):
+        kind = place.partition(":")[0]
+        app = EddaApp(service_name="edda-peer", db_url=DRIVERS[kind] + place.removeprefix(kind))
+    else:
+        url = f"sqlite+aiosqlite:///{place / 'edda.sqlite'}"
+        app = EddaApp(service_name="edda-peer", db_url=url)
+        patient = create_async_engine(url, pool_size=5, max_overflow=0, pool_timeout=3600, connect_args={"timeout": 60})
+        app.storage = SQLAlchemyStorage(patient)
     await app.initialize()
     for task in app._background_tasks:
         task.cancel()
@@ -98,6 +108,10 @@ async def launch(directory: Path) -> EddaApp:
 async def durability(app: EddaApp) -> common.Result:
     """Ask one of the connections of Edda's own pool."""
     async with app.storage.engine.connect() as connection:
+        kind = app.storage.engine.dialect.name
+        if kind != "sqlite":
+            row = (await connection.exec_driver_sql(common.QUESTIONS[kind])).one()
+            return common.server_settings(kind, lambda _: row)
         journal_mode = (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one()
         synchronous = (await connection.exec_driver_sql("PRAGMA synchronous")).scalar_one()
     return common.durability(journal_mode, synchronous) | {"settings": SETTINGS}
@@ -111,16 +125,16 @@ async def run_chain(app: EddaApp, activities: int) -> None:
     assert instance["output_data"] == {"result": {"name": "peer", "number": activities - 1}}, instance
 
 
-async def throughput(args: argparse.Namespace, directory: Path) -> common.Result:
-    app = await launch(directory)
+async def throughput(args: argparse.Namespace, place: Path | str) -> common.Result:
+    app = await launch(place)
     await run_chain(app, 3)  # the very first start of a workflow must be alone: it inserts the definition
     await common.timed_bounded(lambda _: run_chain(app, 3), WARM_UP, WARM_UP)
     seconds = await common.timed_bounded(lambda _: run_chain(app, 3), args.count, args.concurrency)
     return common.throughput_result(args.count, seconds) | await durability(app)
 
 
-async def latency(args: argparse.Namespace, directory: Path) -> common.Result:
-    app = await launch(directory)
+async def latency(args: argparse.Namespace, place: Path | str) -> common.Result:
+    app = await launch(place)
     await common.timed_each(lambda _: run_chain(app, args.activities), WARM_UP)
     timed = await common.timed_each(lambda _: run_chain(app, args.activities), args.count)
     return timed | await durability(app)
