@@ -590,10 +590,10 @@ class Worker:
         return await done
 
     async def _watch_changes(self) -> None:
-        """Notice what other processes commit, by a look at the log file, and where that has changed, at its version."""
+        """Notice what other processes commit, by a look at the log file; only a change costs statements."""
         while True:
             await asyncio.sleep(CHANGE_CHECK_INTERVAL_S)
-            if not self._store.has_changed() or not await _done(self._store.is_changed_by_others()):
+            if not self._store.has_changed() or not await _done(self._store.others_have_committed()):
                 continue
             self._listener.on_foreign_change()
             self._may_have_mail = True

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class SqliteStore(Store):
         )
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._seen_change: tuple[int, int] = (0, 0)
-        self._seen_version = 0
+        self._data_version: int | None = None
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -166,12 +167,17 @@ class SqliteStore(Store):
         self._seen_change = change
         return True
 
-    def _is_version_new(self, link: Link) -> bool:
-        # Its own commits don't change what a connection sees here.
-        (version,) = link.execute("PRAGMA data_version").fetchone()
-        is_new = version != self._seen_version
-        self._seen_version = version
-        return bool(is_new)
+    def others_have_committed(self) -> Future[bool]:
+        def job(link: Link) -> bool:
+            # Whoever commits writes to the log, flushes it, and only then lets others see it; the write lock is held
+            # all the while.
+            with self._transaction(link):
+                # Does not count the commits of the connection that is asked.
+                version: int = link.execute("PRAGMA data_version").fetchone()[0]
+            is_news, self._data_version = version != self._data_version, version
+            return is_news
+
+        return self._write(job)
 
     def _is_changed(self) -> bool:
         return self._latest_change() != self._seen_change

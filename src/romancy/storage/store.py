@@ -708,14 +708,13 @@ class Store(ABC):
         """Whether anybody may have committed since the last call; costs no statement."""
         return False
 
-    def is_changed_by_others(self) -> Future[bool]:
-        """Whether another connection than the engine's own has committed since the last call."""
-        return self._write(self._is_version_new)
+    def others_have_committed(self) -> Future[bool]:
+        """Whether another connection than the writer's has committed since the last call.
 
-    def _is_version_new(self, link: Link) -> bool:
-        """The database's part of that."""
-        del link
-        return True
+        For :meth:`has_changed` can't tell others' commits from the own ones, nor from one that is still under way: this
+        waits for that.
+        """
+        raise NotImplementedError  # where changes are not noticed, nobody asks
 
     def _is_changed(self) -> bool:
         """What :meth:`has_changed` would say, without taking note of it."""
