@@ -86,12 +86,14 @@ class WorkerProcess:
             raise RuntimeError(f"a worker process said {line!r}, not {said!r}")
 
 
-async def be_a_worker(place: Place) -> Result:
+async def be_a_worker(place: Place, *, is_fed: bool) -> Result:
     print("loaded", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     cpu = time.process_time()
     tune_garbage_collector()
     async with App(place.address):
+        if is_fed:
+            cpu = time.process_time()
         print("begun", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         return {"cpu_s": time.process_time() - cpu, "executed": executed}
@@ -107,7 +109,7 @@ async def feed(args: argparse.Namespace, place: Place) -> Result:
 
 async def measure(args: argparse.Namespace, place: Place, *, is_fed: bool) -> Result:
     if args.phase == "work":
-        return await be_a_worker(place)
+        return await be_a_worker(place, is_fed=is_fed)
     watch = place.watch()
     async with App(place.address, worker=False) as client:
 
