@@ -194,7 +194,7 @@ def workers(size: Size, on: Kind) -> list[Case]:
                 Line(f"{heading}: cores in use", "cores", "cores"),
                 Line(f"{heading}: of these by the server", "cores_of_server", "cores"),
             )
-            options = {"workers": number, "count": size(8_000, 1_000)}
+            options = {"workers": number, "count": size(6_000, 1_000)}
             commands: dict[System, list[str]] = {"romancy": command(WORKER_PROCESSES, work, on, **options)}
             found.append(Case("workers", on, f"{work}-{number}", commands, lines, most_runs=3))
     return found
@@ -236,7 +236,14 @@ def messages(size: Size, on: Kind) -> list[Case]:
     return [
         *found,
         Case("messages", on, "earlier", {"romancy": earlier}, lines, most_runs=2),
-        Case("messages", on, "children", {"romancy": children}, (Line(f"{few:,} children gathered", "seconds", "s"),)),
+        Case(
+            "messages",
+            on,
+            "children",
+            {"romancy": children},
+            (Line(f"{few:,} children gathered", "seconds", "s"),),
+            most_runs=3,
+        ),
         Case("messages", on, "runs", {"romancy": runs}, run_lines, most_runs=3),
     ]
 
@@ -260,14 +267,14 @@ def replay(size: Size) -> list[Case]:
             commands["edda"] = command(EDDA, "replay", activities=activities)
         goals = (Goal("≤", 0.5),) if activities == 10_000 else ()
         line = Line(f"replay of {activities:,} activities", "replay_seconds", "s", goals)
-        found.append(Case("replay", "sqlite", f"replay-{activities}", commands, (line,)))
+        found.append(Case("replay", "sqlite", f"replay-{activities}", commands, (line,), most_runs=3))
     return found
 
 
 def growth(size: Size) -> Case:
     line = Line("time per activity, last tenth of 5,000 ÷ a fresh one", "last_to_first", "", (Goal("≤", 1.1),))
     commands: dict[System, list[str]] = {"romancy": command(ROMANCY, "growth", activities=size(5_000, 2_000))}
-    return Case("growth", "sqlite", "growth", commands, (line,))
+    return Case("growth", "sqlite", "growth", commands, (line,), most_runs=3)
 
 
 def memory(size: Size) -> list[Case]:
@@ -281,7 +288,7 @@ def memory(size: Size) -> list[Case]:
     }
     cold_command = command(ROMANCY, "memory", count=size(30_000, 5_000), max_hot=500)
     return [
-        Case("memory", "sqlite", "memory-hot", commands, (hot,)),
+        Case("memory", "sqlite", "memory-hot", commands, (hot,), most_runs=3),
         Case("memory", "sqlite", "memory-cold", {"romancy": cold_command}, (cold,), most_runs=2),
     ]
 
@@ -289,7 +296,7 @@ def memory(size: Size) -> list[Case]:
 def restart(on: Kind) -> Case:
     title = "kill -9 with 200 in flight, until all are complete"
     line = Line(title, "seconds", "s", (Goal("≤", 1.75),))
-    return Case("restart", on, "restart", {"romancy": command(ROMANCY, "restart", on, count=200)}, (line,))
+    return Case("restart", on, "restart", {"romancy": command(ROMANCY, "restart", on, count=200)}, (line,), most_runs=3)
 
 
 def sleepers(size: Size) -> Case:
@@ -321,4 +328,4 @@ def footprint() -> Case:
         Line("import (floor: SQLAlchemy)", "import_seconds", "s", (Goal("≤", 0.5),)),
         Line("installed (floor: SQLAlchemy)", "megabytes", "MB", (Goal("≤", 35),)),
     )
-    return Case("footprint", None, "footprint", commands, lines)
+    return Case("footprint", None, "footprint", commands, lines, most_runs=3)

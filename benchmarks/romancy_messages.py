@@ -65,9 +65,9 @@ async def fan_out(ctx: WorkflowContext, count: int) -> int:
 async def counter(ctx: WorkflowContext, number: int, last: int) -> int:
     if number in (FIRST_MARK, last):
         resident_at[number] = resident_bytes()
-    if number == last:
-        return number
-    await ctx.recur(number + 1, last)
+    if number < last:
+        await ctx.recur(number + 1, last)
+    return number
 
 
 async def waiting_order(app: App, key: str) -> WorkflowHandle[int]:

@@ -57,6 +57,8 @@ def main() -> None:
             print(f"NOT MEASURED: {why}", flush=True)
             chosen = [case for case in chosen if case.on != kind]
         raw = run_all(chosen, args.runs, Runner(Path(made), servers, peers_python))
+    if not raw:
+        raise SystemExit("nothing was measured")
     record = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "options": {
