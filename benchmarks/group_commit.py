@@ -25,6 +25,9 @@ Row = tuple[Any, ...]
 
 SIZES = (256, 64, 16, 4, 1)
 PAGES_BETWEEN_CHECKPOINTS = 4_000
+PLANNER_OFF = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "enable_material", "jit")
+"""Or what was prepared while the tables were empty reads all of them later, until the next ANALYZE."""
+
 COPY_FROM = 100
 """So many rows of history are copied; with fewer, the further round trips cost more than the JSON."""
 
@@ -82,6 +85,8 @@ class PostgresqlGroup:
 
     def __init__(self, url: str) -> None:
         self._connection = connect(url)
+        for name in PLANNER_OFF:
+            self._connection.execute(f"SET {name} = off")
         end = ", ".join(f"{name} = v.{name}" for name in END_COLUMNS[:-1])
         self._statement = (
             f"WITH starts AS ({_insert_recordset('romancy_instances', StartRow._fields)}), "
