@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def connections(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module of that name, among the benchmarks."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import connections  # noqa: PLC0415
+    import connections
 
     return connections
 
