@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -61,6 +62,9 @@ RECEIVED = {
     MESSAGE: HistoryKind.CHANNEL_MESSAGE_RECEIVED.value,
     CHILD: HistoryKind.CHILD_ENDED.value,
 }
+SENDING = ""
+"""What stands for anything that is not a wait, among the kinds of waits."""
+
 TIMED_OUT = {EVENT: HistoryKind.EVENT_TIMEOUT.value, MESSAGE: HistoryKind.MESSAGE_TIMEOUT.value}
 
 
@@ -141,7 +145,7 @@ class Messaging:
         open: what the code waits for, by operation id.
     """
 
-    __slots__ = ("_followers", "_host", "_instance", "_known_deliveries", "_known_waits", "open")
+    __slots__ = ("_followers", "_host", "_instance", "_known_deliveries", "_known_waits", "_open_kinds", "open")
 
     def __init__(self, host: MessagingHost, instance: MessagingInstance) -> None:
         self._host = host
@@ -150,6 +154,8 @@ class Messaging:
         self._known_deliveries: dict[str, Delivery] = {}
         self._known_waits: dict[str, Wait] = {}
         self.open: dict[str, MailOperation] = {}
+        # How many of each kind: with thousands of children, nobody walks through them all at each one's end.
+        self._open_kinds: Counter[str] = Counter()
 
     # -- what the code asks for --------------------------------------------------------------------
 
@@ -255,6 +261,7 @@ class Messaging:
     async def _answer(self, operation: MailOperation) -> Any:
         operation.future = self._instance.future()
         self.open[operation.id] = operation
+        self._open_kinds[_kind_of(operation)] += 1
         self._instance.ask(operation)
         try:
             return await operation.future
@@ -266,13 +273,19 @@ class Messaging:
         """The code no longer waits. What was to be sent is sent; mail that came goes back."""
         if self._instance.is_gone or not isinstance(operation, WaitOperation):
             return
-        if self.open.pop(operation.id, None) is None:
+        if operation.id not in self.open:
             return
+        self._close(operation)
         if operation.deadline is not None:
             operation.deadline.cancel()
         if operation.is_registered:
             # During replay nothing is registered: what the database still has is withdrawn in go_live.
             self._host.writer.record_mail(self._instance.recorder, [Withdrawal(operation.wait, returns=True)])
+
+    def _close(self, operation: MailOperation) -> None:
+        """The code no longer waits for this."""
+        del self.open[operation.id]
+        self._open_kinds[_kind_of(operation)] -= 1
 
     # -- doing it ----------------------------------------------------------------------------------
 
@@ -314,7 +327,7 @@ class Messaging:
             return
         if not instance.when_open(partial(self._send, operation)):
             return
-        del self.open[operation.id]
+        self._close(operation)
         result = json.dumps(operation.child_id) if isinstance(operation, ChildOperation) else None
         instance.record(operation.kind, operation, result=result)
         mail: Sequence[Any] = operation.mail()
@@ -372,7 +385,7 @@ class Messaging:
         instance = self._instance
         if instance.is_gone or not instance.when_open(partial(self._refuse, operation, error, refusal)):
             return
-        del self.open[operation.id]
+        self._close(operation)
         text = encode_error(error)
         instance.record(refusal.value, operation, error=text)
         instance.go_on(operation.future, None, decode_error(text))
@@ -411,7 +424,7 @@ class Messaging:
             return  # it is recorded already, or goes back with the withdrawal of its wait
         if not instance.when_open(partial(self.on_delivery, delivery)):
             return
-        del self.open[operation.id]
+        self._close(operation)
         if operation.deadline is not None:
             operation.deadline.cancel()
         self._followers.discard(delivery.name)
@@ -432,7 +445,7 @@ class Messaging:
             return  # mail had come
         if not instance.when_open(partial(self._on_withdrawn, operation)):
             return
-        del self.open[operation.id]
+        self._close(operation)
         instance.record(TIMED_OUT[operation.wait.kind], operation)
         instance.go_on(operation.future, None, timeout_error(operation))
 
@@ -440,7 +453,7 @@ class Messaging:
 
     def replay(self, operation: MailOperation, event: HistoryRow) -> tuple[Any, BaseException | None]:
         """The recorded answer to an open request."""
-        del self.open[operation.id]
+        self._close(operation)
         if event.error is not None:
             return None, decode_error(event.error)
         if isinstance(operation, ChildOperation):
@@ -492,6 +505,7 @@ class Messaging:
             if isinstance(operation, WaitOperation) and operation.deadline is not None:
                 operation.deadline.cancel()
         self.open = {}
+        self._open_kinds.clear()
 
     def next_deadline_us(self) -> int | None:
         """The earliest deadline of an open wait."""
@@ -500,12 +514,12 @@ class Messaging:
 
     def waits_for(self) -> set[str]:
         """The kinds of what is waited for."""
-        return {op.wait.kind for op in self.open.values() if isinstance(op, WaitOperation)}
+        return {kind for kind, count in self._open_kinds.items() if count and kind != SENDING}
 
     @property
     def is_busy(self) -> bool:
         """Whether something is being sent."""
-        return any(not isinstance(op, WaitOperation) for op in self.open.values())
+        return self._open_kinds[SENDING] > 0
 
 
 class ChannelOperation(SendOperation):
@@ -525,6 +539,10 @@ class ChannelOperation(SendOperation):
         if found == self.mode or (self.mode is None and found != "direct"):
             return None
         return mode_conflict(self.name, found, self.mode)
+
+
+def _kind_of(operation: MailOperation) -> str:
+    return operation.wait.kind if isinstance(operation, WaitOperation) else SENDING
 
 
 def mode_conflict(channel: str, found: str | None, wanted: str | None) -> ChannelModeConflictError:
