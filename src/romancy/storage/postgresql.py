@@ -18,7 +18,7 @@ from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.listener import HINT, Listener, SelfTest
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
-from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, ServerLink, ServerStore
+from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, NEW_S, ServerLink, ServerStore
 from romancy.storage.store import fenced
 from romancy.storage.threads import Link
 from romancy.storage.watchdog import Line, answered_within
@@ -212,7 +212,7 @@ class PostgresqlStore(ServerStore):
     def migration_options(self) -> dict[str, Any]:
         return {"connect_args": {"prepare_threshold": None}}
 
-    def _watch_engine(self, engine: Engine, limit_s: float | None) -> None:
+    def _watch_engine(self, engine: Engine, limit_s: float | None, trust_s: float = NEW_S) -> None:
         @event.listens_for(engine, "connect")
         def on_connect(connection: Any, _record: Any) -> None:
             driver = getattr(connection, "driver_connection", connection)
@@ -223,7 +223,7 @@ class PostgresqlStore(ServerStore):
             connection.rollback()
             driver.prepare_threshold = self._prepare_threshold(driver, pid)
 
-        super()._watch_engine(engine, limit_s)
+        super()._watch_engine(engine, limit_s, trust_s)
 
     @contextlib.contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:

@@ -34,7 +34,12 @@ MOST_CONNECT_S = 10.0
 MOST_LOCK_WAIT_S = 5.0
 MOST_IDLE_S = 10.0
 LINE = "romancy_line"
-_IS_NEW = "romancy_is_new"
+_USED_AT = "romancy_used_at"
+NEW_S = 0.02
+"""Seconds for which a connection is new."""
+
+IN_USE_S = 1.0
+"""Seconds for which a session's connection is trusted after its last use."""
 
 
 class ServerLink(ABC):
@@ -132,9 +137,9 @@ class ServerStore(Store):
         """Take back what is to hold while connecting only."""
         del driver, options
 
-    def _watch_engine(self, engine: Engine, limit_s: float | None) -> None:
+    def _watch_engine(self, engine: Engine, limit_s: float | None, trust_s: float = NEW_S) -> None:
         """Bound what SQLAlchemy asks by itself on this engine's connections; and with a limit, all between taking one
-        from the pool and giving it back."""
+        from the pool and giving it back. Connections that were used within so many seconds are taken to be fine."""
 
         @event.listens_for(engine, "do_connect")
         def do_connect(dialect: Dialect, record: Any, arguments: Any, options: Any) -> Any:
@@ -149,12 +154,12 @@ class ServerStore(Store):
         @event.listens_for(engine, "connect")
         def on_connect(_connection: Any, record: Any) -> None:
             record.info[LINE].deadline = None
-            record.info[_IS_NEW] = True
+            record.info[_USED_AT] = time.monotonic()
 
         @event.listens_for(engine, "checkout")
         def on_checkout(connection: Any, record: Any, _proxy: Any) -> None:
             line: Line = record.info[LINE]
-            if not record.info.pop(_IS_NEW, False):
+            if time.monotonic() - record.info[_USED_AT] > trust_s:
                 # A server, or a proxy before it, may have closed a connection that lay idle, or let it go stale.
                 with answered_within(line, self.patience_s):
                     _ping(engine.dialect, connection)
@@ -166,6 +171,7 @@ class ServerStore(Store):
             line: Line | None = record.info.get(LINE)
             if line is not None:
                 line.deadline = None
+                record.info[_USED_AT] = time.monotonic()
 
     @abstractmethod
     def check(self, link: Link) -> None:
@@ -212,7 +218,8 @@ class ServerStore(Store):
         return {"isolation_level": "READ COMMITTED", "pool_size": 10, "max_overflow": 20}
 
     def set_up_sessions(self, engine: Engine) -> None:
-        self._watch_engine(engine, None)
+        # An attempt that finds its connection broken all the same runs again, and doesn't count.
+        self._watch_engine(engine, None, IN_USE_S)
 
     def set_up_reading(self, engine: Engine) -> None:
         self._watch_engine(engine, max(LONGEST_READ_S, self.patience_s))
