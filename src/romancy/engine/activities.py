@@ -129,31 +129,34 @@ class ActivityRunner:
         context.run(CURRENT_ACTIVITY.set, attempt.context)
         self._running.add(attempt)
         timeout_s = operation.options.timeout_s or activity.timeout_s
-        attempt.heartbeat_timeout_s = operation.options.heartbeat_timeout_s or activity.heartbeat_timeout_s
+        silence_s = operation.options.heartbeat_timeout_s or activity.heartbeat_timeout_s
         if activity.is_async:
             coroutine = activity.fn(*arguments.args, **arguments.kwargs)
             task = asyncio.Task(coroutine, loop=self.loop, name=operation.id, context=context)
             attempt.handle = task
             task.add_done_callback(partial(self._on_task_done, attempt), context=self._base_context)
-            if timeout_s is not None or attempt.heartbeat_timeout_s is not None:
-                self._arm(attempt, timeout_s)
+            if timeout_s is not None or silence_s is not None:
+                self._arm(attempt, timeout_s, silence_s)
         else:
             function = partial(activity.fn, *arguments.args, **arguments.kwargs)
-            if timeout_s is not None or attempt.heartbeat_timeout_s is not None:
-                function = partial(self._in_time, attempt, timeout_s, function)
+            if timeout_s is not None or silence_s is not None:
+                function = partial(self._in_time, attempt, timeout_s, silence_s, function)
             thread = self._threads.submit(context.run, function)
             attempt.handle = thread
             thread.add_done_callback(partial(self._post, attempt))
 
-    def _in_time(self, attempt: Attempt, timeout_s: float | None, function: Callable[[], Any]) -> Any:
+    def _in_time(
+        self, attempt: Attempt, timeout_s: float | None, silence_s: float | None, function: Callable[[], Any]
+    ) -> Any:
         """In a thread: the time counts from here, not from when the attempt began to wait for the thread."""
-        self.loop.call_soon_threadsafe(self._arm, attempt, timeout_s)
+        self.loop.call_soon_threadsafe(self._arm, attempt, timeout_s, silence_s)
         return function()
 
-    def _arm(self, attempt: Attempt, timeout_s: float | None) -> None:
+    def _arm(self, attempt: Attempt, timeout_s: float | None, silence_s: float | None) -> None:
         if attempt not in self._running:
             return
-        attempt.watch()
+        if silence_s is not None:
+            attempt.expect_heartbeats(silence_s)
         if timeout_s is not None:
             operation = attempt.operation
             error = ActivityTimeoutError(

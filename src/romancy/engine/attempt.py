@@ -48,23 +48,16 @@ class Attempt:
     Attributes:
         handle: the task, or for a plain ``def`` the thread pool's future; ``None`` while it waits for a place.
         timeout: ends it when it has taken too long.
-        heartbeat_timeout_s: how long it may be silent; ``None``: for ever.
         timed_out: why it was ended.
         is_given_up: the workflow or the worker no longer wants it.
         is_over: its outcome is settled; what the thread of a timed-out ``def`` still does counts for nothing.
     """
 
     __slots__ = (
-        "_beat_at",
-        "_details",
-        "_is_noted",
-        "_recorded_at",
-        "_recording",
+        "_beats",
         "_runner",
-        "_watch",
         "context",
         "handle",
-        "heartbeat_timeout_s",
         "instance",
         "is_given_up",
         "is_over",
@@ -80,16 +73,10 @@ class Attempt:
         self.context: ActivityContext
         self.handle: asyncio.Task[Any] | Future[Any] | None = None
         self.timeout: asyncio.TimerHandle | None = None
-        self.heartbeat_timeout_s: float | None = None
         self.timed_out: ActivityTimeoutError | None = None
         self.is_given_up = False
         self.is_over = False
-        self._beat_at = 0.0
-        self._details: str | None = None
-        self._is_noted = False
-        self._recorded_at = -RECORD_INTERVAL_S
-        self._recording: asyncio.TimerHandle | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self._beats: Heartbeats | None = None
 
     # -- what its context asks (see ActivitySender) ----------------------------------------------------
 
@@ -114,7 +101,8 @@ class Attempt:
     @property
     def last_details(self) -> str | None:
         """What the last heartbeat of this call told, be it of this attempt or of one before."""
-        return self._details if self._details is not None else self.operation.details
+        told = None if self._beats is None else self._beats.details
+        return self.operation.details if told is None else told
 
     def beat(self, details: str) -> None:
         """It lives, and has come this far; from any thread.
@@ -124,49 +112,87 @@ class Attempt:
         """
         if self.is_over:
             raise self.timed_out or ActivityTimeoutError(f"this attempt of activity {self.operation.id} is over")
-        self._beat_at = self._runner.loop.time()
-        self._details = details
-        if not self._is_noted:
-            self._is_noted = True
-            self._runner.loop.call_soon_threadsafe(self._note)
+        beats = self._beats
+        if beats is None:
+            beats = self._beats = Heartbeats(self, self._runner.loop)
+        beats.beat(details)
 
-    # -- watching and recording, on the loop -----------------------------------------------------------
+    # -- on the loop -----------------------------------------------------------------------------------
 
-    def watch(self) -> None:
-        """Begin to expect heartbeats, if it has promised some."""
-        if self.heartbeat_timeout_s is not None:
-            self._beat_at = self._runner.loop.time()
-            self._watch = self._runner.loop.call_later(self.heartbeat_timeout_s, self._look)
+    def expect_heartbeats(self, limit_s: float) -> None:
+        """Time it out when it is silent for so long."""
+        if self._beats is None:
+            self._beats = Heartbeats(self, self._runner.loop)
+        self._beats.expect(limit_s)
 
-    def _look(self) -> None:
-        limit_s = self.heartbeat_timeout_s
-        assert limit_s is not None
-        left_s = self._beat_at + limit_s - self._runner.loop.time()
-        if left_s > 0:
-            self._watch = self._runner.loop.call_later(left_s, self._look)
-            return
+    def on_silence(self, limit_s: float) -> None:
+        """It has been silent for too long."""
         message = (
             f"attempt {self.operation.attempt + 1} of activity {self.operation.id} gave no heartbeat for {limit_s} s"
         )
         self._runner.time_out(self, ActivityTimeoutError(message))
 
+    def leave(self) -> None:
+        """It has ended: expect nothing more of it; the operation knows how far it came."""
+        if self.timeout is not None:
+            self.timeout.cancel()
+        if self._beats is not None:
+            self._beats.stop()
+            if self._beats.details is not None:
+                self.operation.details = self._beats.details
+
+
+class Heartbeats:
+    """What an attempt tells of itself.
+
+    Attributes:
+        details: what it told last.
+    """
+
+    __slots__ = ("_attempt", "_beat_at", "_is_noted", "_loop", "_recorded_at", "_recording", "_watch", "details")
+
+    def __init__(self, attempt: Attempt, loop: asyncio.AbstractEventLoop) -> None:
+        self._attempt = attempt
+        self._loop = loop
+        self._beat_at = loop.time()
+        self._is_noted = False
+        self._recorded_at = -RECORD_INTERVAL_S
+        self._recording: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self.details: str | None = None
+
+    def beat(self, details: str) -> None:
+        """From any thread: it has come this far."""
+        self._beat_at = self._loop.time()
+        self.details = details
+        if not self._is_noted:
+            self._is_noted = True
+            self._loop.call_soon_threadsafe(self._note)
+
+    def expect(self, limit_s: float) -> None:
+        """Tell the attempt when it is silent for so long."""
+        left_s = self._beat_at + limit_s - self._loop.time()
+        if left_s > 0:
+            self._watch = self._loop.call_later(left_s, self.expect, limit_s)
+        else:
+            self._attempt.on_silence(limit_s)
+
+    def stop(self) -> None:
+        """The attempt has ended."""
+        for handle in (self._watch, self._recording):
+            if handle is not None:
+                handle.cancel()
+
     def _note(self) -> None:
-        wait_s = self._recorded_at + RECORD_INTERVAL_S - self._runner.loop.time()
+        wait_s = self._recorded_at + RECORD_INTERVAL_S - self._loop.time()
         if wait_s > 0:
-            self._recording = self._runner.loop.call_later(wait_s, self._record)
+            self._recording = self._loop.call_later(wait_s, self._record)
         else:
             self._record()
 
     def _record(self) -> None:
         self._is_noted = False
-        self._recorded_at = self._runner.loop.time()
-        if self._details is not None and not self.is_over:
-            self.instance.on_progress(self.operation, self._details)
-
-    def leave(self) -> None:
-        """It has ended: expect nothing more of it; the operation knows how far it came."""
-        for handle in (self.timeout, self._watch, self._recording):
-            if handle is not None:
-                handle.cancel()
-        if self._details is not None:
-            self.operation.details = self._details
+        self._recorded_at = self._loop.time()
+        attempt = self._attempt
+        if self.details is not None and not attempt.is_over:
+            attempt.instance.on_progress(attempt.operation, self.details)

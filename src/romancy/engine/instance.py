@@ -259,6 +259,9 @@ class LiveInstance(ReplayedRun):
         if self._main.done():
             self._on_main_done()
             return
+        is_busy = self.running_count or self._blocked
+        if is_busy and self._recorded_status == RUNNING and not (self._is_wake_stale or self.is_waiting):
+            return  # as ever, between two activities
         is_waiting = not (self.running_count or self._blocked or self._is_gated)
         mail = self._mail
         if mail is not None and mail.open:
