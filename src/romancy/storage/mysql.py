@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ PACKET_HEAD_BYTES = 64
 
 _DIALECT = mysql_dialect.dialect(paramstyle="format")
 _NOW: ColumnElement[Any] = literal_column("CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)")
+
+FALLING_ASLEEP_S = 0.03
+"""Seconds after which a listener's statement surely sleeps."""
 
 
 class MysqlLink(ServerLink):
@@ -210,7 +214,20 @@ class MysqlStore(ServerStore):
     # -- hints -------------------------------------------------------------------------------------
 
     def _make_listener(self, on_hint: Callable[[], None]) -> Listener:
-        return Listener(self._connect_listener, self._wait_for_hint, _abort, on_hint)
+        is_awake = True
+
+        def wait(link: Link, timeout_s: float) -> str | None:
+            nonlocal is_awake
+            if is_awake:
+                # Who was to be woken while nobody slept was not: look once more, from within the sleep.
+                again = threading.Timer(FALLING_ASLEEP_S, on_hint)
+                again.daemon = True
+                again.start()
+            said = self._wait_for_hint(link, timeout_s)
+            is_awake = said is not None
+            return said
+
+        return Listener(self._connect_listener, wait, _abort, on_hint)
 
     def _wait_for_hint(self, link: Link, timeout_s: float) -> str | None:
         # Neither server has a call that waits for news; but whoever sleeps can be woken, see _hint.
