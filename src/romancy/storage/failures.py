@@ -141,6 +141,12 @@ def is_lost(error: BaseException) -> bool:
     return 2000 <= number < 3000 or number in _MYSQL_LOST or number == 0
 
 
+def is_beyond_use(error: BaseException) -> bool:
+    """Whether a connection of the engine's own is of no more use: it is lost, or stuck in a failed transaction."""
+    cause = error.__cause__ if isinstance(error, DatabaseError) else error
+    return is_lost(error) or getattr(cause, "sqlstate", None) == "25P02"
+
+
 def _mysql_number(origin: BaseException | None) -> int | None:
     if type(origin).__module__.partition(".")[0] not in ("pymysql", "asyncmy") or origin is None or not origin.args:
         return None

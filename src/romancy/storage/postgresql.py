@@ -25,6 +25,7 @@ from romancy.storage.watchdog import Line, answered_within
 
 try:
     import psycopg
+    from psycopg.pq import TransactionStatus
 except ImportError as error:
     raise ConfigurationError(
         f"PostgreSQL needs its driver: pip install 'romancy[postgresql]' (import psycopg says: {error})"
@@ -88,7 +89,9 @@ class PostgresqlLink(ServerLink):
     def _plan_anew(self) -> None:
         """A plan made when a table was all but empty walks through all of it, and would be kept for a minute."""
         now = time.monotonic()
-        if now - self._planned_at >= PLANS_SERVE_S:
+        # In a failed transaction nothing but its end would be carried out.
+        has_failed = self.connection.info.transaction_status == TransactionStatus.INERROR
+        if now - self._planned_at >= PLANS_SERVE_S and not has_failed:
             self._executed, self._planned_at = 0, now
             self.connection.execute("DISCARD PLANS", (), prepare=False)
 

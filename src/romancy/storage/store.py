@@ -174,9 +174,9 @@ class Store(ABC):
         """
         try:
             self.prepare(migrate)
-            self._writer = ConnectionThread("romancy-writer", self._connect_again, is_lost)
+            self._writer = ConnectionThread("romancy-writer", self._connect_again, is_beyond_use)
             self._writer.open().result()
-            self._reader = ConnectionThread("romancy-reader", self._connect_again, is_lost)
+            self._reader = ConnectionThread("romancy-reader", self._connect_again, is_beyond_use)
             self._reader.open().result()
             self._reader.submit(self._ask_time).result()
         except DatabaseError:
