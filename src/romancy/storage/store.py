@@ -23,7 +23,7 @@ from romancy.errors import DatabaseError, FencedError, PacketTooLargeError
 from romancy.model import HistoryKind, Status
 from romancy.storage.again import Fork, Reruns, supersede
 from romancy.storage.batch import Batch, Party, Written, run_batch
-from romancy.storage.failures import NotOwnedError, database_error, is_driver_error, is_lost
+from romancy.storage.failures import NotOwnedError, database_error, is_beyond_use, is_driver_error, is_lost
 from romancy.storage.listener import Listener
 from romancy.storage.lock import FreeLock, WriteLock
 from romancy.storage.mail import Delivery, Mail, Post, Wait
