@@ -8,11 +8,13 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
+from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from romancy.clock import Clock, SystemClock
 from romancy.context import CURRENT_ACTIVITY
@@ -41,6 +43,7 @@ from romancy.starting import check_same, checked_id, pending_row
 from romancy.storage.address import parse_address
 from romancy.storage.again import Fork
 from romancy.storage.filters import JsonScalar
+from romancy.storage.given import GivenEngines
 from romancy.storage.joining import after_commit, insert_start
 from romancy.storage.mail import CANCEL, SUSPEND, Post
 from romancy.storage.posting import event_mail, message_mail, request_mail
@@ -62,6 +65,12 @@ OUTCOME_POLL_S = 1.0
 SHORTEST_POLL_S = 0.02
 
 
+class Default(Enum):
+    """What stands for an option that was not given."""
+
+    DATABASE = "romancy.db"
+
+
 class App:
     """Romancy in one process: a database, and a worker that runs workflows on the current event loop.
 
@@ -69,7 +78,13 @@ class App:
         database: a path, ``":memory:"`` (gone with the app), ``sqlite:///path``, or a URL of a server:
             ``postgresql://user:password@host/database`` (``pip install romancy[postgresql]``) or
             ``mysql://user:password@host/database`` for MySQL and MariaDB (``romancy[mysql]``). Options of the URL go
-            to the driver.
+            to the driver. By default where the engines lead, or ``romancy.db``.
+        engine: an ``AsyncEngine`` of the application's own on the same database, for the sessions of ``async def``
+            activities: they come from its pool, and its events and options hold for them. Romancy adds no listener to
+            it and never disposes it. Its driver is psycopg, asyncmy or aiosqlite. Whatever it is set to, a transaction
+            of an activity is READ COMMITTED (on SQLite durable, under the write lock); its connections go back as
+            they came. By default Romancy makes an engine.
+        sync_engine: the same for plain ``def`` activities: an ``Engine`` with psycopg, PyMySQL or sqlite3.
         worker_id: a name for this worker in messages and tables; by default host and process id. Ownership does
             not depend on it: each start of an app is a worker of its own.
         workflows: what this app can run; by default all of the default catalogue.
@@ -104,8 +119,10 @@ class App:
 
     def __init__(
         self,
-        database: str | os.PathLike[str] = "romancy.db",
+        database: str | os.PathLike[str] | Default = Default.DATABASE,
         *,
+        engine: AsyncEngine | None = None,
+        sync_engine: Engine | None = None,
         worker_id: str | None = None,
         workflows: Iterable[Workflow[..., Any]] | None = None,
         default_retry: RetryPolicy | None = None,
@@ -123,7 +140,12 @@ class App:
         listen_on: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.address = parse_address(database)
+        self._given = GivenEngines(engine, sync_engine)
+        if not isinstance(database, Default):
+            self.address = parse_address(database)
+        else:
+            self.address = self._given.address() if self._given else parse_address(database.value)
+        self._given.check(self.address)
         self._listen_on = None if listen_on is None else parse_address(listen_on)
         self.name = worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self.default_retry = default_retry or RetryPolicy.default()
@@ -178,9 +200,10 @@ class App:
         self._process_id = os.getpid()
         self._broken = None
         self._poll_wanted = asyncio.Event()
-        self._engines = SessionEngines(self._store)
+        self._engines = SessionEngines(self._store, self._given)
         self._queries = make_queries(self._store)
         try:
+            await self._engines.check_given()
             if self._has_worker:
                 await self._begin_worker()
             else:

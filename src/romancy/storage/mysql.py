@@ -201,6 +201,28 @@ class MysqlStore(ServerStore):
         self._set_idle_time(engine)
         super().set_up_sessions(engine)
 
+    def _begin_on(self, connection: Connection) -> Callable[[], None]:
+        isolation = "tx_isolation" if self._is_mariadb else "transaction_isolation"
+        wanted: dict[str, Any] = {isolation: "READ-COMMITTED"}
+        if self._is_mariadb:
+            wanted["idle_write_transaction_timeout"] = round(MOST_IDLE_S)
+        connection.begin()
+        names = ", ".join(f"@@SESSION.{name}" for name in wanted)
+        values = connection.exec_driver_sql(f"SELECT {names}").one()
+        found = dict(zip(wanted, values, strict=True))
+        if found != wanted:
+            connection.exec_driver_sql(_setting(wanted))
+        # By statement, for the driver may be in autocommit mode.
+        connection.exec_driver_sql("START TRANSACTION READ WRITE")
+
+        def undo() -> None:
+            if found != wanted:
+                cursor = connection.connection.cursor()
+                cursor.execute(_setting(found))
+                cursor.close()
+
+        return undo
+
     def _set_idle_time(self, engine: Engine) -> None:
         if not self._is_mariadb:
             return
@@ -269,6 +291,10 @@ class MysqlStore(ServerStore):
         )
         if link.execute(sql, [*[value for state in states for value in state], worker_id]).rowcount != len(states):
             raise NotOwnedError("an instance is no longer owned by this worker")
+
+
+def _setting(variables: dict[str, Any]) -> str:
+    return "SET " + ", ".join(f"SESSION {name} = {value!r}" for name, value in variables.items())
 
 
 def _abort(link: Link) -> None:

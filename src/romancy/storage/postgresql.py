@@ -228,6 +228,14 @@ class PostgresqlStore(ServerStore):
 
         super()._watch_engine(engine, limit_s, trust_s)
 
+    def _begin_on(self, connection: Connection) -> Callable[[], None]:
+        connection.begin()
+        driver: Any = connection.connection.driver_connection
+        # It holds for the transaction only. Without autocommit the driver has said BEGIN before the first of them.
+        begin = "BEGIN" if driver.autocommit else "SET TRANSACTION"
+        connection.exec_driver_sql(f"{begin} ISOLATION LEVEL READ COMMITTED, READ WRITE")
+        return _nothing
+
     @contextlib.contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:
         # Ends with the transaction; DDL belongs to it, too.
@@ -310,6 +318,10 @@ class PostgresqlStore(ServerStore):
 def _abort(link: Link) -> None:
     assert isinstance(link, PostgresqlLink)
     link.line.cut()
+
+
+def _nothing() -> None:
+    """There is nothing to take back."""
 
 
 @cache

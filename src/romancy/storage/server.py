@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -220,6 +220,29 @@ class ServerStore(Store):
     def set_up_sessions(self, engine: Engine) -> None:
         # An attempt that finds its connection broken all the same runs again, and doesn't count.
         self._watch_engine(engine, None, IN_USE_S)
+
+    def begin_on(self, connection: Connection) -> Callable[[], None]:
+        line = self._dog.hold(self._descriptor(connection.connection.driver_connection), is_ours=False)
+        connection.info[LINE] = line
+        try:
+            with answered_within(line, self.patience_s):
+                undo = self._begin_on(connection)
+        except BaseException:
+            connection.info.pop(LINE, None)
+            line.close()
+            raise
+
+        def give_back() -> None:
+            with answered_within(line, self.patience_s):
+                undo()
+            connection.info.pop(LINE, None)
+            line.close()
+
+        return give_back
+
+    @abstractmethod
+    def _begin_on(self, connection: Connection) -> Callable[[], None]:
+        """See :meth:`begin_on`."""
 
     def set_up_reading(self, engine: Engine) -> None:
         self._watch_engine(engine, max(LONGEST_READ_S, self.patience_s))

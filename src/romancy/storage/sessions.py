@@ -6,25 +6,29 @@ the recorded outcome and the check of the worker's fence; it commits once, or no
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from romancy.errors import DatabaseError, SessionError
-from romancy.storage.failures import database_error, is_lost
+from romancy.errors import ConfigurationError, DatabaseError, SchemaError, SessionError
+from romancy.storage.failures import database_error, is_driver_error, is_lost
+from romancy.storage.given import GivenEngines
 from romancy.storage.mail import Mail, Post
 from romancy.storage.rows import HistoryRow
+from romancy.storage.schema import workers
 from romancy.storage.store import Store
 from romancy.storage.watchdog import Line, answered_within
 
 LONG_TRANSACTION_S = 1.0
+NONE_GIVEN = GivenEngines()
 
 
 class CommitUnsureError(DatabaseError):
@@ -69,6 +73,7 @@ class ActivityTransaction:
         self._is_async = is_async
         self._connection: Connection | None = None
         self._session: AsyncSession | Session | None = None
+        self._give_back: Callable[[], None] | None = None
         self._opened_at = 0.0
         self._is_flushing = False
         self._is_committing = False
@@ -143,14 +148,11 @@ class ActivityTransaction:
             else:
                 lock.acquire()
             try:
-                connection = self._engines.sync_engine(is_async=self._is_async).connect()
-                try:
-                    connection.begin()
-                except BaseException:
-                    connection.close()
-                    raise
-            except SQLAlchemyError as error:
+                connection = self._begin()
+            except Exception as error:
                 lock.release()
+                if not is_driver_error(error):
+                    raise
                 # Not the activity's failure: it had not begun to write.
                 self.failure = database_error(error, self._engines.name)
                 raise self.failure from error
@@ -162,6 +164,21 @@ class ActivityTransaction:
             event.listen(connection, "commit", self._on_commit)
             event.listen(connection, "before_cursor_execute", self._on_statement)
         return self._connection
+
+    def _begin(self) -> Connection:
+        given = self._engines.given.of(is_async=self._is_async)
+        connection = (given or self._engines.sync_engine(is_async=self._is_async)).connect()
+        try:
+            if given is None:
+                connection.begin()
+            else:
+                self._give_back = self._engines.store.begin_on(connection)
+        except BaseException:
+            if given is not None and not connection.invalidated:
+                connection.invalidate()  # some of its settings may be changed
+            connection.close()
+            raise
+        return connection
 
     def _on_commit(self, _connection: Connection) -> None:
         if not self._is_committing:
@@ -282,15 +299,33 @@ class ActivityTransaction:
             if not self._is_committed and not connection.invalidated:
                 # SQLAlchemy may take a transaction for ended that the driver has open: after a refused commit.
                 connection.connection.rollback()
+            if self._give_back is not None and not connection.invalidated:
+                self._give_back_as_it_was(connection, self._give_back)
         finally:
             connection.close()
 
+    @staticmethod
+    def _give_back_as_it_was(connection: Connection, give_back: Callable[[], None]) -> None:
+        try:
+            give_back()
+        except BaseException as error:
+            # The transaction is over, and its outcome with it: the application's pool makes another connection.
+            connection.invalidate()
+            if not is_driver_error(error):
+                raise
+
 
 class SessionEngines:
-    """The engines behind activity sessions, made when the first one is opened."""
+    """The engines behind activity sessions: the application's own where it gives some, else made at the first session.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: the database.
+        given: the application's.
+    """
+
+    def __init__(self, store: Store, given: GivenEngines = NONE_GIVEN) -> None:
         self.store = store
+        self.given = given
         self._async_engine: AsyncEngine | None = None
         self._engine: Engine | None = None
         self.name = store.name
@@ -299,6 +334,30 @@ class SessionEngines:
     def transaction(self, *, is_async: bool) -> ActivityTransaction:
         """A transaction for one attempt; nothing is opened yet."""
         return ActivityTransaction(self, is_async=is_async)
+
+    async def check_given(self) -> None:
+        """Try whether the application's engines can serve, before any activity needs them.
+
+        Raises:
+            ConfigurationError: one of them leads elsewhere.
+            DatabaseError: the database can't be reached by it.
+        """
+        if self.given.for_async is not None:
+            await greenlet_spawn(self._check_given, is_async=True)
+        if self.given.for_sync is not None:
+            await asyncio.to_thread(self._check_given, is_async=False)
+
+    def _check_given(self, *, is_async: bool) -> None:
+        transaction = self.transaction(is_async=is_async)
+        try:
+            transaction.connection().execute(select(workers.c.worker_id).limit(1))
+        except SchemaError as error:
+            raise _sees_no_tables(error) from error
+        except SQLAlchemyError as error:
+            found = database_error(error, self.name)
+            raise (_sees_no_tables(found) if isinstance(found, SchemaError) else found) from error
+        finally:
+            transaction.close_in_thread()
 
     def sync_engine(self, *, is_async: bool) -> Engine:
         """The engine for sessions of that kind (of an async one, its inner engine)."""
@@ -313,8 +372,15 @@ class SessionEngines:
         return self._engine
 
     async def dispose(self) -> None:
-        """Close all connections."""
+        """Close all connections of Romancy's own engines."""
         if self._async_engine is not None:
             await self._async_engine.dispose()
         if self._engine is not None:
             self._engine.dispose()
+
+
+def _sees_no_tables(error: SchemaError) -> ConfigurationError:
+    return ConfigurationError(
+        f"the given engine leads to the app's database, and does not see Romancy's tables there ({error}): let its "
+        f"search_path, or schema_translate_map, lead where the app's own connections find them"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from romancy.storage.threads import Link
 
 MINIMUM_SQLITE = (3, 35, 0)
 BUSY_TIMEOUT_S = 5.0
+FULL = 2
 PAGES_BETWEEN_CHECKPOINTS = 4_000
 _DIALECT = sqlite_dialect.dialect(paramstyle="qmark")
 _NO_TIME = null()
@@ -128,6 +129,26 @@ class SqliteStore(Store):
         def on_begin(connection: Connection) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
+    def begin_on(self, connection: Connection) -> Callable[[], None]:
+        # Not by SQLAlchemy: that would begin a transaction, in which this setting can't be changed.
+        found = int(_ask(connection, "PRAGMA synchronous")[0])
+        is_weak = found < FULL
+        if is_weak:
+            _ask(connection, f"PRAGMA synchronous = {FULL}")
+        connection.begin()
+        driver: Any = connection.connection.driver_connection
+        if driver.in_transaction:
+            # The application's own listener has begun it, maybe without the write lock: this takes it, and no row.
+            connection.exec_driver_sql(f"DELETE FROM {workers.name} WHERE 0")
+        else:
+            connection.exec_driver_sql(self.begin)
+
+        def give_back() -> None:
+            if is_weak:
+                _ask(connection, f"PRAGMA synchronous = {found}")
+
+        return give_back
+
     def set_up_reading(self, engine: Engine) -> None:
         query_only(engine)
 
@@ -198,6 +219,15 @@ def prepare_connection(connection: Any, is_durable: bool) -> None:
             raise SchemaError(f"the file system allows no write-ahead log (journal mode is {mode}); use a local disk")
     connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'OFF'}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_BETWEEN_CHECKPOINTS}")
+
+
+def _ask(connection: Connection, pragma: str) -> Any:
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(pragma)
+        return cursor.fetchone()
+    finally:
+        cursor.close()
 
 
 def query_only(engine: Engine) -> None:

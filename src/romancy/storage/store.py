@@ -149,6 +149,14 @@ class Store(ABC):
         """Give an engine behind activity sessions what its connections need."""
 
     @abstractmethod
+    def begin_on(self, connection: Connection) -> Callable[[], None]:
+        """Begin a transaction on a connection from the application's own engine, with what Romancy promises set.
+
+        Returns:
+            What is called after the transaction's end, so that the connection is again as it was.
+        """
+
+    @abstractmethod
     def set_up_reading(self, engine: Engine) -> None:
         """Give an engine behind queries what its connections need."""
 

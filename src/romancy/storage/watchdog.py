@@ -95,10 +95,11 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def hold(self, descriptor: int) -> Line:
-        """A line over this socket, to be looked at."""
+    def hold(self, descriptor: int, *, is_ours: bool = True) -> Line:
+        """A line over this socket, to be looked at; the settings of one that is not ours are left as they are."""
         line = Line(descriptor)
-        line.keep_alive(self.limit_s)
+        if is_ours:
+            line.keep_alive(self.limit_s)
         with self._lock:
             self._lines.add(line)
         return line
