@@ -85,6 +85,12 @@ class App:
             of an activity is READ COMMITTED (on SQLite durable, under the write lock); its connections go back as
             they came. By default Romancy makes an engine.
         sync_engine: the same for plain ``def`` activities: an ``Engine`` with psycopg, PyMySQL or sqlite3.
+        pool_size: how many connections for the sessions of activities are kept open, in each of Romancy's two engines
+            (one for ``async def``, one for plain ``def``); by default 10, on SQLite, which has one writer, 5. What
+            else Romancy has open is fixed: two connections that write and read, one that listens, up to ten for
+            queries.
+        max_overflow: how many more may be opened while those are all in use; by default 20, on SQLite 10. With 0, an
+            attempt that finds none free within 30 s is made again, and does not count.
         worker_id: a name for this worker in messages and tables; by default host and process id. Ownership does
             not depend on it: each start of an app is a worker of its own.
         workflows: what this app can run; by default all of the default catalogue.
@@ -123,6 +129,8 @@ class App:
         *,
         engine: AsyncEngine | None = None,
         sync_engine: Engine | None = None,
+        pool_size: int | None = None,
+        max_overflow: int | None = None,
         worker_id: str | None = None,
         workflows: Iterable[Workflow[..., Any]] | None = None,
         default_retry: RetryPolicy | None = None,
@@ -147,6 +155,7 @@ class App:
             self.address = self._given.address() if self._given else parse_address(database.value)
         self._given.check(self.address)
         self._listen_on = None if listen_on is None else parse_address(listen_on)
+        self._pool = _pool_options(pool_size, max_overflow, self._given)
         self.name = worker_id or f"{socket.gethostname()}-{os.getpid()}"
         self.default_retry = default_retry or RetryPolicy.default()
         self.max_payload_bytes = _positive("max_payload_bytes", max_payload_bytes)
@@ -200,7 +209,7 @@ class App:
         self._process_id = os.getpid()
         self._broken = None
         self._poll_wanted = asyncio.Event()
-        self._engines = SessionEngines(self._store, self._given)
+        self._engines = SessionEngines(self._store, self._given, self._pool)
         self._queries = make_queries(self._store)
         try:
             await self._engines.check_given()
@@ -883,6 +892,23 @@ def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{name}={value!r}: give a whole number of at least 1")
     return value
+
+
+def _pool_options(pool_size: int | None, max_overflow: int | None, given: GivenEngines) -> dict[str, int]:
+    options: dict[str, int] = {}
+    if pool_size is not None:
+        options["pool_size"] = _positive("pool_size", pool_size)
+    if max_overflow is not None:
+        if isinstance(max_overflow, bool) or not isinstance(max_overflow, int) or max_overflow < 0:
+            raise ConfigurationError(f"max_overflow={max_overflow!r}: give a whole number of at least 0")
+        options["max_overflow"] = max_overflow
+    if options and given.for_async is not None and given.for_sync is not None:
+        names = " and ".join(options)
+        raise ConfigurationError(
+            f"{names} would change nothing, for engine= and sync_engine= bring their own pools: set it where those are "
+            f"made, or leave one of them to Romancy"
+        )
+    return options
 
 
 def _check_no_open_transaction(what: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, select
@@ -29,6 +29,7 @@ from romancy.storage.watchdog import Line, answered_within
 
 LONG_TRANSACTION_S = 1.0
 NONE_GIVEN = GivenEngines()
+NO_OPTIONS: Mapping[str, int] = {}
 
 
 class CommitUnsureError(DatabaseError):
@@ -321,10 +322,12 @@ class SessionEngines:
     Args:
         store: the database.
         given: the application's.
+        pool: options for the pools of those that are made.
     """
 
-    def __init__(self, store: Store, given: GivenEngines = NONE_GIVEN) -> None:
+    def __init__(self, store: Store, given: GivenEngines = NONE_GIVEN, pool: Mapping[str, int] = NO_OPTIONS) -> None:
         self.store = store
+        self._options = {**store.session_options(), **pool}
         self.given = given
         self._async_engine: AsyncEngine | None = None
         self._engine: Engine | None = None
@@ -363,11 +366,11 @@ class SessionEngines:
         """The engine for sessions of that kind (of an async one, its inner engine)."""
         if is_async:
             if self._async_engine is None:
-                self._async_engine = create_async_engine(self.store.url(is_async=True), **self.store.session_options())
+                self._async_engine = create_async_engine(self.store.url(is_async=True), **self._options)
                 self.store.set_up_sessions(self._async_engine.sync_engine)
             return self._async_engine.sync_engine
         if self._engine is None:
-            self._engine = create_engine(self.store.url(is_async=False), **self.store.session_options())
+            self._engine = create_engine(self.store.url(is_async=False), **self._options)
             self.store.set_up_sessions(self._engine)
         return self._engine
 
