@@ -78,7 +78,9 @@ class App:
         database: a path, ``":memory:"`` (gone with the app), ``sqlite:///path``, or a URL of a server:
             ``postgresql://user:password@host/database`` (``pip install romancy[postgresql]``) or
             ``mysql://user:password@host/database`` for MySQL and MariaDB (``romancy[mysql]``). Options of the URL go
-            to the driver. By default where the engines lead, or ``romancy.db``.
+            to the driver. TLS: ``?sslmode=verify-full&sslrootcert=ca.pem`` for PostgreSQL (libpq's options), and
+            ``?ssl_ca=ca.pem`` for MySQL and MariaDB, which checks the certificate and the host in it
+            (``ssl_verify_cert``, ``ssl_verify_identity``; ``ssl_cert`` and ``ssl_key`` are the client's own). By default where the engines lead, or ``romancy.db``.
         engine: an ``AsyncEngine`` of the application's own on the same database, for the sessions of ``async def``
             activities: they come from its pool, and its events and options hold for them. Romancy adds no listener to
             it and never disposes it. Its driver is psycopg, asyncmy or aiosqlite. Whatever it is set to, a transaction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from ssl import SSLError
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -88,6 +89,28 @@ _UNREACHABLE = (
     DatabaseUnavailableError,
     "the server can't be reached, or has ended the connection; the work goes on by itself when it is back",
 )
+_UNTRUSTED = (
+    DatabaseUnavailableError,
+    "no encrypted connection to the server comes about that both sides trust; check that sslrootcert (PostgreSQL) or "
+    "ssl_ca (MySQL, MariaDB) names the CA of its certificate, that the certificate is for this host and still valid, "
+    "and that the server offers TLS",
+)
+_UNTRUSTED_WORDS = (
+    "certificate verify failed",
+    "certificate_verify_failed",
+    "server certificate for",
+    "certificate file",
+    "certificate required",
+    "private key file",
+    "unknown ca",
+    "does not support ssl",
+    "doesn't support ssl",
+    "ssl is required",
+    "sslv3 alert",
+    "tlsv1 alert",
+    "wrong_version_number",
+)
+"""What the drivers and OpenSSL say of that; none of them has a number for it."""
 
 
 def database_error(error: BaseException, database: str) -> DatabaseError:
@@ -112,8 +135,9 @@ def _cure(origin: BaseException) -> Cure | None:
     code = getattr(origin, "sqlite_errorcode", None)
     if code is not None:
         return _SQLITE.get(code & 0xFF)
-    if is_lost(origin):
-        return _UNREACHABLE
+    if is_lost(origin) or isinstance(origin, SSLError):
+        said = str(origin).lower()
+        return _UNTRUSTED if any(words in said for words in _UNTRUSTED_WORDS) else _UNREACHABLE
     number = _mysql_number(origin)
     if number is not None:
         return _MYSQL.get(number)

@@ -22,6 +22,7 @@ from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_IDLE_S, MOST_LOCK_WA
 from romancy.storage.statements import ManyRows, fitting, insert_into
 from romancy.storage.store import check_packet
 from romancy.storage.threads import Link
+from romancy.storage.tls import tls_context, without_tls
 from romancy.storage.watchdog import Line
 
 try:
@@ -88,6 +89,9 @@ class MysqlStore(ServerStore):
     ) -> None:
         super().__init__(address, _DIALECT, workflow_names, patience_s, _NOW)
         self._is_mariadb = True
+        self._url = without_tls(address.url)
+        tls = tls_context(address.url)
+        self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls}
         self._keyed_starts = ManyRows(
             insert_into(instances, StartRow._fields),
             len(StartRow._fields),
@@ -164,12 +168,15 @@ class MysqlStore(ServerStore):
             "write_timeout": self.patience_s,
             "charset": "utf8mb4",
         }
-        connection = pymysql.connect(autocommit=True, **{**options, **parameters})
+        connection = pymysql.connect(autocommit=True, **{**options, **parameters, **self._tls})
         return MysqlLink(connection, self._dog.hold(self._descriptor(connection)), patience_s)
 
     def _connecting(self, options: dict[str, Any]) -> dict[str, Any]:
         # The drivers' own timeout for connecting ends before the server has said a word.
-        return super()._connecting({"read_timeout": self.connect_timeout_s, **options})
+        return super()._connecting({"read_timeout": self.connect_timeout_s, **options, **self._tls})
+
+    def migration_options(self) -> dict[str, Any]:
+        return {"connect_args": self._tls}
 
     def _on_connected(self, driver: Any, options: dict[str, Any]) -> None:
         driver._read_timeout = options.get("read_timeout")
@@ -183,7 +190,7 @@ class MysqlStore(ServerStore):
 
     def url(self, *, is_async: bool) -> URL:
         kind = "mariadb" if self._is_mariadb else "mysql"
-        return self.address.url.set(drivername=f"{kind}+{'asyncmy' if is_async else 'pymysql'}")
+        return self._url.set(drivername=f"{kind}+{'asyncmy' if is_async else 'pymysql'}")
 
     @contextlib.contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:
