@@ -80,7 +80,8 @@ class App:
             ``mysql://user:password@host/database`` for MySQL and MariaDB (``romancy[mysql]``). Options of the URL go
             to the driver. TLS: ``?sslmode=verify-full&sslrootcert=ca.pem`` for PostgreSQL (libpq's options), and
             ``?ssl_ca=ca.pem`` for MySQL and MariaDB, which checks the certificate and the host in it
-            (``ssl_verify_cert``, ``ssl_verify_identity``; ``ssl_cert`` and ``ssl_key`` are the client's own). By default where the engines lead, or ``romancy.db``.
+            (``ssl_verify_cert``, ``ssl_verify_identity``; ``ssl_cert`` and ``ssl_key`` are the client's own).
+            By default where the engines lead, or ``romancy.db``.
         engine: an ``AsyncEngine`` of the application's own on the same database, for the sessions of ``async def``
             activities: they come from its pool, and its events and options hold for them. Romancy adds no listener to
             it and never disposes it. Its driver is psycopg, asyncmy or aiosqlite. Whatever it is set to, a transaction
@@ -200,7 +201,9 @@ class App:
         Raises:
             DatabaseError: the database can't be opened, or is not fit for durable work.
             InstanceStateError: the app is running already.
+            AppNotRunningError: it runs in the process that this one was forked from.
         """
+        self._check_not_forked()
         if self._process_id is not None:
             raise InstanceStateError("this app is running already: start it once, or make another App")
         self._catalogue = self._workflows or DEFAULT_CATALOGUE
@@ -225,7 +228,12 @@ class App:
         self._poller = asyncio.get_running_loop().create_task(self._poll_outcomes(), name="romancy-outcomes")
 
     async def shutdown(self) -> None:
-        """Stop in good order: no new work, running activities may end, the rest goes back for others at once."""
+        """Stop in good order: no new work, running activities may end, the rest goes back for others at once.
+
+        Raises:
+            AppNotRunningError: it runs in the process that this one was forked from, and is left alone.
+        """
+        self._check_not_forked()
         if self._process_id is None:
             return
         try:
@@ -881,11 +889,17 @@ class App:
                 for state in states:
                     self._outcomes.settle(state)
 
+    def _check_not_forked(self) -> None:
+        if self._process_id is not None and self._process_id != os.getpid():
+            raise AppNotRunningError(
+                "the app was started before this process forked, and its threads and connections are the other "
+                "process's: make an App of its own here"
+            )
+
     def _check_running(self) -> None:
         if self._process_id is None:
             raise AppNotRunningError("the app is not running: use `async with App(…) as app`, or await app.start()")
-        if self._process_id != os.getpid():
-            raise AppNotRunningError("the app was started before this process forked: make an App of its own here")
+        self._check_not_forked()
         if self._broken is not None:
             raise AppNotRunningError(f"the app has stopped, for {self._broken}") from self._broken
 

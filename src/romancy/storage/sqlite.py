@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,7 +17,7 @@ from sqlalchemy import URL, Connection, Engine, event, null
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 
 from romancy.clock import SystemClock
-from romancy.errors import DatabaseError, SchemaError
+from romancy.errors import DatabaseError, DatabaseUnsafeError, SchemaError
 from romancy.storage.address import SqliteAddress
 from romancy.storage.failures import NotOwnedError
 from romancy.storage.lock import WriteLock
@@ -29,6 +32,13 @@ MINIMUM_SQLITE = (3, 35, 0)
 BUSY_TIMEOUT_S = 5.0
 FULL = 2
 PAGES_BETWEEN_CHECKPOINTS = 4_000
+_OPEN: Counter[str] = Counter()
+"""The files that stores of this process have open."""
+
+_INHERITED: set[str] = set()
+"""The files that were open when this process was forked. SQLite keeps in memory which locks its process holds, and
+inherits what it has noted, but not the locks: https://www.sqlite.org/howtocorrupt.html, section 2.6."""
+
 _DIALECT = sqlite_dialect.dialect(paramstyle="qmark")
 _NO_TIME = null()
 
@@ -70,7 +80,8 @@ class SqliteStore(Store):
             len(StateRow._fields) + 1,
             f") AS v WHERE {instances.name}.instance_id = v.column1 AND {instances.name}.owner = v.column9",
         )
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._opened = ""
+        self._remove_folder: Callable[[], object] | None = None
         self._seen_change: tuple[int, int] = (0, 0)
         self._data_version: int | None = None
 
@@ -80,15 +91,27 @@ class SqliteStore(Store):
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: Python must be built with 3.35 or newer")
         if self.address.is_memory:
-            self._folder = tempfile.TemporaryDirectory(prefix="romancy-", dir=_memory_folder())
-            self.path = str(Path(self._folder.name) / "memory.db")
+            folder = tempfile.mkdtemp(prefix="romancy-", dir=_memory_folder())
+            self._remove_folder = weakref.finalize(self, _remove, folder, os.getpid())
+            self.path = str(Path(folder) / "memory.db")
+        self._opened = os.path.realpath(self.path)
+        if self._opened in _INHERITED:
+            raise DatabaseUnsafeError(
+                f"database {self.name}: an app of this process's parent had it open when this process was forked, and "
+                f"SQLite would take the parent's locks on it for this one's own: begin this process afresh (as "
+                f"subprocess does, or multiprocessing with 'spawn'), or fork before any app has started"
+            )
+        _OPEN[self._opened] += 1
         return ensure_schema(self.path, self.connect, migrate=migrate)
 
     def close(self) -> None:
         super().close()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._opened in _OPEN:
+            _OPEN[self._opened] -= 1
+            self._opened = ""
+        if self._remove_folder is not None:
+            self._remove_folder()
+            self._remove_folder = None
 
     def connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -238,6 +261,21 @@ def query_only(engine: Engine) -> None:
         cursor = connection.cursor()
         cursor.execute("PRAGMA query_only = ON")
         cursor.close()
+
+
+def _on_fork() -> None:
+    _INHERITED.update(path for path, count in _OPEN.items() if count)
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_on_fork)
+
+
+def _remove(folder: str, process_id: int) -> None:
+    # A forked process ends, too, and the folder is not its own.
+    if os.getpid() == process_id:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _memory_folder() -> str | None:
