@@ -57,3 +57,12 @@ brief-torture:
 # Faults planted in the engine: each must make a test fail.
 mutants *arguments:
     uv run python -m torture.mutants {{ arguments }}
+
+# The tests of MySQL and MariaDB on MySQL itself, from Debian, unpacked into build/.
+mysql *arguments:
+    scripts/from-debian build/mysql mysql-server-core
+    ROMANCY_TEST_MYSQL_FOLDER=build/mysql ROMANCY_TEST_ALL_DATABASES=1 uv run pytest -n auto -k "mysql or packet" "$@"
+
+# The tests on another Python, such as 3.14: this machine's, or Debian's, unpacked into build/.
+python version *arguments:
+    scripts/on-python "$@"

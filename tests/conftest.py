@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from romancy.testing import VirtualClock, isolated_catalogue
-from tests.databases import KINDS, Database, clean, server_database
+from tests.databases import KINDS, NOTHING_TESTED, Database, clean, server_database
+from tests.servers import lend
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Servers that are missing are started for this run; the processes of xdist share them."""
+    lending = ExitStack()
+    lending.enter_context(lend())
+    config.add_cleanup(lending.close)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not tested for want of a server is the last thing that is said."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped")
+        if isinstance(report.longrepr, tuple) and NOTHING_TESTED in report.longrepr[2]
+    )
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"WARNING: {reason} ({count} tests skipped)", red=True, bold=True)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -1,18 +1,19 @@
 """The databases that the tests run on: SQLite always, servers where there are any.
 
 A server is taken from ``ROMANCY_TEST_POSTGRESQL_URL`` or ``ROMANCY_TEST_MYSQL_URL``, else looked for at its usual
-address on this machine. Where there is none its tests are skipped, unless ``ROMANCY_TEST_ALL_DATABASES`` is set: then
-they fail.
+address on this machine, else started for this run (:mod:`tests.servers`). Where its programs are missing, too, its
+tests are skipped, unless ``ROMANCY_TEST_ALL_DATABASES`` is set: then they fail.
 """
 
 from __future__ import annotations
 
 import os
-import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
 import psycopg
@@ -21,9 +22,8 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from romancy import App
-
-Database = Path | str
-"""What a test hands to ``App``: the path of a SQLite file, or the URL of a database on a server."""
+from tests.connections import Database, commit_at_once, connect, kind_of
+from tests.servers import MYSQL_FOLDER, MissingError, borrow, own_server
 
 KINDS = ("sqlite", "postgresql", "mysql")
 ADDRESSES = {
@@ -35,11 +35,6 @@ TABLES = {
     "mysql": "SHOW TABLES",
 }
 NAMES = {"postgresql": "PostgreSQL", "mysql": "MySQL or MariaDB"}
-
-
-def kind_of(database: Database) -> str:
-    """``sqlite``, ``postgresql`` or ``mysql``."""
-    return database.partition(":")[0] if isinstance(database, str) else "sqlite"
 
 
 def database_of(app: App) -> Database:
@@ -76,7 +71,7 @@ def _connection(database: Database) -> Iterator[Any]:
     connection = _kept.pop(database, None)
     if connection is None or not _is_alive(connection):
         connection = connect(database)
-        _commit_at_once(connection)
+        commit_at_once(connection)
     try:
         yield connection
     except BaseException:
@@ -86,36 +81,12 @@ def _connection(database: Database) -> Iterator[Any]:
         connection.close()
 
 
-def _commit_at_once(connection: Any) -> None:
-    if isinstance(connection, psycopg.Connection):
-        connection.autocommit = True
-    else:
-        connection.autocommit(True)
-
-
 def _is_alive(connection: Any) -> bool:
     try:
         connection.cursor().execute("SELECT 1")
     except (psycopg.Error, pymysql.Error):
         return False
     return True
-
-
-def connect(database: Database) -> Any:
-    """A connection of the plain driver."""
-    if isinstance(database, Path):
-        return sqlite3.connect(database, timeout=20)
-    url = make_url(database)
-    if kind_of(database) == "postgresql":
-        return psycopg.connect(database)
-    return pymysql.connect(
-        host=url.host or "127.0.0.1",
-        port=url.port or 3306,
-        user=url.username,
-        password=url.password or "",
-        database=url.database or None,
-        charset="utf8mb4",
-    )
 
 
 def _marked(database: Database, sql: str) -> str:
@@ -152,23 +123,52 @@ def clean(database: str) -> None:
             cursor.execute(f"DROP TABLE {name}")
 
 
+NOTHING_TESTED = "NOTHING IS TESTED"
+
+
+def skip_loudly(reason: str) -> NoReturn:
+    """Skip the test; where all databases are wanted, fail it."""
+    if os.environ.get("ROMANCY_TEST_ALL_DATABASES"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def server(kind: str) -> URL:
-    """A server of this kind; skips the test where there is none."""
+    """A server of this kind; skips the test where there is none and none can be started."""
     variable, usual = ADDRESSES[kind]
-    url = make_url(os.environ.get(variable, usual))
-    try:
-        connect(url.render_as_string(hide_password=False)).close()
-    except (psycopg.Error, pymysql.Error) as error:
-        reason = (
-            f"no {NAMES[kind]} server at {url!r}, so nothing is tested there; start one or set {variable} ({error})"
-        )
-        if os.environ.get("ROMANCY_TEST_ALL_DATABASES"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    given = os.environ.get(variable)
+    ways = [partial(_shared, usual), partial(borrow, kind)] if given is None else [partial(_shared, given)]
+    if given is None and kind == "mysql" and MYSQL_FOLDER in os.environ:
+        ways = [partial(borrow, kind)]
+    reasons: list[str] = []
+    for way in ways:
+        try:
+            return make_url(way())
+        except (psycopg.Error, pymysql.Error, MissingError) as error:
+            reasons.append(" ".join(str(error).split()))
+    skip_loudly(f"{NOTHING_TESTED} on {NAMES[kind]}: {'; and '.join(reasons)}; or set {variable}")
+
+
+def _shared(url: str) -> str:
+    connect(url).close()
     return url
+
+
+@contextmanager
+def server_with(kind: str, *options: str) -> Iterator[str]:
+    """The address of an empty database on a server with these options; skips the test where there can be none."""
+    with tempfile.TemporaryDirectory(prefix="romancy-", ignore_cleanup_errors=True) as folder:
+        try:
+            started = own_server(kind, Path(folder), *options)
+        except MissingError as error:
+            skip_loudly(f"{NOTHING_TESTED} on {NAMES[kind]} with {' '.join(options)}: {error}")
+        try:
+            yield started.url
+        finally:
+            started.kill()
 
 
 def _administer(url: URL, sql: str) -> None:
     with closing(connect(url.render_as_string(hide_password=False))) as connection:
-        _commit_at_once(connection)
+        commit_at_once(connection)
         connection.cursor().execute(sql)

@@ -9,7 +9,6 @@
     worker.py    the processes that run the workflows
     crew.py      starts, kills, stops and restarts them
     faults.py    what is done to them, and to the database
-    servers.py   servers of the torture's own, which may be killed
     audit.py     a trigger that sees who writes history
     evidence.py  what all of them have left behind, as records
     checker.py   the rules: evidence in, violations out: pure

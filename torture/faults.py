@@ -15,10 +15,10 @@ from random import Random
 
 from tests.databases import Database, connect, kind_of, rows
 from tests.proxy import Proxy
+from tests.servers import Server
 
 from torture.crew import CLIENT, WORKERS, Crew
 from torture.folder import Folder
-from torture.servers import Server
 
 logger = logging.getLogger("torture")
 

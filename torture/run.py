@@ -16,6 +16,7 @@ from sqlalchemy import make_url
 from tests.databases import Database, rows, server_database
 from tests.ledger import create_ledger
 from tests.proxy import Proxy
+from tests.servers import MissingError, Server, own_server
 
 from romancy import App
 from torture import report
@@ -25,7 +26,6 @@ from torture.crew import CLIENT, WORKERS, Crew
 from torture.evidence import gather
 from torture.faults import Faults, Target, until_ended
 from torture.folder import Folder
-from torture.servers import Server, own_server
 
 LEASE_S = 2.0
 FINISH_S = 2 * LEASE_S + 5.0
@@ -122,16 +122,17 @@ def _database(kind: str, folder: Folder, notes: list[str]) -> Iterator[tuple[Dat
     if kind == "sqlite":
         yield folder.path / "torture.db", None
         return
-    server = own_server(kind, folder.path)
-    if server is not None:
-        try:
-            yield server.url, server
-        finally:
-            server.stop()
+    try:
+        server = own_server(kind, folder.path)
+    except MissingError as error:
+        notes.append(f"NOT DONE: the server was never killed, for there is {error}")
+        with server_database(kind) as url:
+            yield url, None
         return
-    notes.append(f"NOT DONE: the server was never killed, for no programs of a {kind} server are installed here")
-    with server_database(kind) as url:
-        yield url, None
+    try:
+        yield server.url, server
+    finally:
+        server.stop()
 
 
 @contextmanager

@@ -24,9 +24,8 @@ from romancy import (
 )
 from romancy.storage import postgresql
 from romancy.storage.statements import bytes_of, fitting
-from tests.databases import clean, rows
+from tests.databases import clean, rows, server_with
 from tests.ledger import INSERT, create_ledger
-from tests.mariadb import mariadb
 from tests.support import RESULT_TIMEOUT_S, wait_for_status
 
 PACKET = 1024 * 1024
@@ -38,7 +37,7 @@ QUOTES = '"' * (PACKET // 3)
 
 @pytest.fixture(scope="module")
 def small_packets() -> Iterator[str]:
-    with mariadb(f"--max-allowed-packet={PACKET}") as url:
+    with server_with("mysql", f"--max-allowed-packet={PACKET}") as url:
         yield url
 
 
