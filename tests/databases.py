@@ -22,7 +22,7 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from romancy import App
-from tests.connections import Database, commit_at_once, connect, kind_of
+from tests.drivers import Database, commit_at_once, connect, kind_of
 from tests.servers import MYSQL_FOLDER, MissingError, borrow, own_server
 
 KINDS = ("sqlite", "postgresql", "mysql")

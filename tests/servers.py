@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from tests.connections import commit_at_once, connect
+from tests.drivers import commit_at_once, connect
 
 LONGEST_START_S = 60.0
 LOOK_S = 0.05

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from tests import databases
-from tests.connections import connect
+from tests.drivers import connect
 
 LENDER = """
 import subprocess, sys
