@@ -181,31 +181,46 @@ def _as_float(value: float) -> float | None:
     return float(value) if float(value) == value else None
 
 
+def _marker(path: str, value: JsonScalar) -> str:
+    """What can stand for a NUL: it is neither in the path nor in the value, so that no key and no text becomes one
+    that is looked for."""
+    marker = "NUL"
+    while marker in path or (isinstance(value, str) and marker in value):
+        marker += "L"
+    return marker
+
+
 # -- SQLite -----------------------------------------------------------------------------------------------------
 
 
-def _sqlite_matches(_path: str, parts: list[str], value: JsonScalar) -> ColumnElement[bool]:
-    return or_(false(), *[_sqlite_at("$" + "".join(pieces), value) for pieces in _json_paths(parts)])
+def _sqlite_matches(path: str, parts: list[str], value: JsonScalar) -> ColumnElement[bool]:
+    text = _sqlite_text_without_nul(path, value)
+    return or_(false(), *[_sqlite_at(text, "$" + "".join(pieces), value) for pieces in _json_paths(parts)])
 
 
-def _sqlite_at(json_path: str, value: JsonScalar) -> ColumnElement[bool]:
-    kind = func.json_type(instances.c.input, json_path)
-    found = func.json_extract(instances.c.input, json_path)
-    # With two paths it gives a list, as JSON text that stands as it is stored.
-    twice_as_text = func.json_extract(instances.c.input, json_path, json_path)
+def _sqlite_text_without_nul(path: str, value: JsonScalar) -> ColumnElement[str]:
+    """The input with other text for NUL characters, at which older versions cut texts off, and newer ones keys."""
+    # Without pairs of backslashes, each one that is left begins an escape.
+    without_pairs = func.replace(instances.c.input, "\\\\", "\\u005c")
+    without = func.replace(without_pairs, "\\u0000", _marker(path, value))
+    return case((func.instr(instances.c.input, "\\u0000") > 0, without), else_=instances.c.input)
+
+
+def _sqlite_at(text: ColumnElement[str], json_path: str, value: JsonScalar) -> ColumnElement[bool]:
+    kind = func.json_type(text, json_path)
+    found = func.json_extract(text, json_path)
     if value is None:
         return kind == "null"
     if isinstance(value, bool):
         return kind == ("true" if value else "false")
     if isinstance(value, str):
-        # Older SQLite cuts an extracted text off at an escaped NUL: then the JSON text shows that there is more.
-        escaped = "\\u0000"
-        is_whole = true() if escaped in value else func.instr(twice_as_text, escaped) == 0
-        return and_(kind == "text", found == literal(value), is_whole)
+        return and_(kind == "text", found == literal(value))
     if abs(value) < 2**63:
         return and_(or_(kind == "integer", kind == "real"), found == literal(value))
     # SQLite makes floats of whole numbers beyond 64 bits.
     whole = int(value)
+    # With two paths it gives a list, as JSON text that stands as it is stored.
+    twice_as_text = func.json_extract(text, json_path, json_path)
     return or_(
         and_(kind == "integer", twice_as_text == f"[{whole},{whole}]"),
         and_(kind == "real", found == literal(value)),
@@ -253,14 +268,8 @@ def _postgresql_matches(path: str, parts: list[str], value: JsonScalar) -> Colum
 
 
 def _postgresql_text_without_nul(path: str, value: JsonScalar) -> ColumnElement[str]:
-    """The input with other text for NUL characters, which no function of PostgreSQL takes.
-
-    That text is neither in the path nor in the value, so that no key and no text becomes one that is looked for.
-    """
-    marker = "NUL"
-    while marker in path or (isinstance(value, str) and marker in value):
-        marker += "L"
-    without = func.regexp_replace(instances.c.input, POSTGRESQL_ESCAPED_NUL, "\\1" + marker, "g")
+    """The input with other text for NUL characters, which no function of PostgreSQL takes."""
+    without = func.regexp_replace(instances.c.input, POSTGRESQL_ESCAPED_NUL, "\\1" + _marker(path, value), "g")
     return case((func.strpos(instances.c.input, "\\u0000") > 0, without), else_=instances.c.input)
 
 
