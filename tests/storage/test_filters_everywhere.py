@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import URL, Connection, Engine, create_engine, insert, select, text
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.pool import StaticPool
 
 from romancy.storage.filters import _mysql_is_flat, ascii_lower, contains, input_matches
@@ -91,7 +92,7 @@ def _on_server(url: URL) -> Iterator[Engine]:
     administration = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 5})
     try:
         connection: Connection = administration.connect()
-    except NotImplementedError:  # MySQL, where SQLAlchemy is told that it is MariaDB
+    except (NotImplementedError, InvalidRequestError):  # MySQL, where SQLAlchemy is told that it is MariaDB
         pytest.skip(f"the server at {url} is no MariaDB")
     name = f"filters_test_{uuid4().hex[:12]}"
     options = "TEMPLATE template0 ENCODING 'UTF8'"

@@ -22,6 +22,7 @@ from romancy import (
     current_activity,
     workflow,
 )
+from romancy.storage import stores
 from tests.databases import Database, clean, execute, kind_of, rows
 from tests.ledger import INSERT, create_ledger
 from tests.proxy import Proxy, When
@@ -47,6 +48,13 @@ def behind_proxy(url: str) -> Iterator[tuple[Proxy, str]]:
         yield proxy, parts.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
     finally:
         proxy.close()
+
+
+def in_plain_text(url: str) -> str:
+    """Without TLS, which PyMySQL uses wherever the server has it, so that the proxy can read."""
+    if kind_of(url) == "postgresql":
+        return url
+    return make_url(url).update_query_dict({"ssl_disabled": "true"}).render_as_string(hide_password=False)
 
 
 def define() -> Workflow[..., Any]:
@@ -163,7 +171,7 @@ async def test_message_whose_commit_was_not_heard_of_is_delivered_once(server: s
         return [(await ctx.receive("jobs", type=int)).data for _ in range(count)]
 
     with behind_proxy(server) as (proxy, url):
-        async with App(server) as reader, App(url, worker=False) as sender:
+        async with App(server) as reader, App(in_plain_text(url), worker=False) as sender:
             handle = await reader.start_workflow(consumer, 8)
             await wait_for_status(reader, handle.instance_id, Status.WAITING_FOR_MESSAGE)
             for number in range(8):
@@ -172,3 +180,45 @@ async def test_message_whose_commit_was_not_heard_of_is_delivered_once(server: s
             assert await handle.result(RESULT_TIMEOUT_S) == list(range(8))
             assert proxy.cuts == 8
     assert rows(server, "SELECT count(*) FROM romancy_mail") == [(0,)]
+
+
+async def test_connection_that_mysql_ends_for_idleness_is_made_anew_before_it_is_missed(
+    mysql_url: str, monkeypatch: pytest.MonkeyPatch, romancy_log: pytest.LogCaptureFixture
+) -> None:
+    """MySQL frees the locks of a host that has vanished by no other means than a time for all that is idle."""
+    if "MariaDB" in rows(mysql_url, "SELECT VERSION()")[0][0]:
+        pytest.skip("MariaDB ends idle transactions, and no other connections")
+    monkeypatch.setattr(stores, "SHORTEST_PATIENCE_S", 1.0)
+    idle = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND command = 'Sleep'"
+    others = {number for (number,) in rows(mysql_url, idle)}
+    async with App(mysql_url, worker=False, lease_ttl=1.0) as app:
+        await app.send_event("news", 1, key="k")
+        async with asyncio.timeout(RESULT_TIMEOUT_S):
+            while {number for (number,) in rows(mysql_url, idle)} - others:
+                await asyncio.sleep(0.05)
+        await app.send_event("news", 2, key="k")
+    assert rows(mysql_url, "SELECT count(*) FROM romancy_mail") == [(2,)]
+    assert "can't be reached" not in romancy_log.text
+    clean(mysql_url)
+
+
+async def test_user_with_a_password_that_mysql_has_forgotten_the_hash_of(mysql_url: str) -> None:
+    """It lets those in whose hash it knows, and asks others for the password, encrypted: that takes a library."""
+    url = make_url(mysql_url)
+    execute(mysql_url, "CREATE USER 'romancy_test'@'%' IDENTIFIED BY 'secret'")
+    try:
+        execute(mysql_url, f"GRANT ALL ON {url.database}.* TO 'romancy_test'@'%'")
+        create_ledger(mysql_url)
+        flow = define()
+        own = url.set(username="romancy_test", password="secret").render_as_string(hide_password=False)
+        async with App(own) as app:
+            execute(mysql_url, "FLUSH PRIVILEGES")
+            handle = await app.start_workflow(flow, id="it")
+            assert await handle.result(RESULT_TIMEOUT_S) == ["a", "b", "c", "d", "e"]
+            execute(mysql_url, "FLUSH PRIVILEGES")
+            assert await app.get_instance("it") is not None
+        async with App(in_plain_text(own), worker=False) as app:
+            pass
+    finally:
+        execute(mysql_url, "DROP USER 'romancy_test'@'%'")
+    clean(mysql_url)

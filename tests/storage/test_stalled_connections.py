@@ -26,6 +26,7 @@ from romancy import (
 from romancy import app as app_module
 from romancy.engine import activities as activities_module
 from romancy.engine import worker as worker_module
+from romancy.storage import mysql as mysql_module
 from romancy.storage import server as server_module
 from romancy.storage import store as store_module
 from romancy.storage import stores
@@ -56,6 +57,7 @@ def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_module, "LONGEST_FAREWELL_S", 0.5)
     monkeypatch.setattr(store_module, "LONGEST_CLOSE_S", 1.0)
     monkeypatch.setattr(server_module, "LONGEST_READ_S", 1.0)
+    monkeypatch.setattr(mysql_module, "LONGEST_PAUSE_S", 5.0)
 
 
 def define() -> Workflow[..., Any]:

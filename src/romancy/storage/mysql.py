@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,9 @@ MIGRATION_LOCK = "romancy-migration"
 MIGRATION_WAIT_S = 60
 SLEEP = "SELECT /* romancy listens */ SLEEP"
 INTERRUPTED = 1317
+LONGEST_PAUSE_S = 60.0
+"""How long an activity may leave its session alone on MySQL, which can't tell one that has locks from others."""
+
 PACKET_HEAD_BYTES = 64
 """What may stand in a packet beside the statement."""
 
@@ -146,8 +150,9 @@ class MysqlStore(ServerStore):
             f"SESSION innodb_lock_wait_timeout = {max(1, math.floor(min(MOST_LOCK_WAIT_S, self.patience_s / 2)))}",
             "SESSION time_zone = '+00:00'",
         ]
-        if self._is_mariadb:
-            settings.append(f"SESSION idle_transaction_timeout = {self.idle_transaction_s}")
+        # MySQL has a time for idle connections only, in a transaction or not: see is_stale.
+        variable = "idle_transaction_timeout" if self._is_mariadb else "wait_timeout"
+        settings.append(f"SESSION {variable} = {self.idle_transaction_s}")
         try:
             for setting in settings:
                 link.execute(f"SET {setting}")
@@ -230,14 +235,20 @@ class MysqlStore(ServerStore):
 
         return undo
 
+    def is_stale(self, link: Link) -> bool:
+        assert isinstance(link, ServerLink)
+        return not self._is_mariadb and time.monotonic() - link.used_at > self.idle_transaction_s / 2
+
     def _set_idle_time(self, engine: Engine) -> None:
-        if not self._is_mariadb:
-            return
+        if self._is_mariadb:
+            setting = f"idle_write_transaction_timeout = {round(MOST_IDLE_S)}"
+        else:
+            setting = f"wait_timeout = {round(LONGEST_PAUSE_S)}"
 
         @event.listens_for(engine, "connect")
         def on_connect(connection: Any, _record: Any) -> None:
             cursor = connection.cursor()
-            cursor.execute(f"SET SESSION idle_write_transaction_timeout = {round(MOST_IDLE_S)}")
+            cursor.execute(f"SET SESSION {setting}")
             cursor.close()
 
     # -- hints -------------------------------------------------------------------------------------

@@ -48,16 +48,21 @@ class ServerLink(ABC):
     Args:
         line: the socket under it.
         patience_s: how long a statement may take.
+
+    Attributes:
+        used_at: when it was last used, by ``time.monotonic``.
     """
 
     def __init__(self, line: Line, patience_s: float) -> None:
         self.line = line
+        self.used_at = time.monotonic()
         self._patience_s = patience_s
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         """See :class:`romancy.storage.threads.Link`."""
         line = self.line
-        line.deadline = time.monotonic() + self._patience_s
+        self.used_at = time.monotonic()
+        line.deadline = self.used_at + self._patience_s
         try:
             return self._execute(sql, parameters)
         finally:

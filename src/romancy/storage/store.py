@@ -182,9 +182,9 @@ class Store(ABC):
         """
         try:
             self.prepare(migrate)
-            self._writer = ConnectionThread("romancy-writer", self._connect_again, is_beyond_use)
+            self._writer = ConnectionThread("romancy-writer", self._connect_again, is_beyond_use, self.is_stale)
             self._writer.open().result()
-            self._reader = ConnectionThread("romancy-reader", self._connect_again, is_beyond_use)
+            self._reader = ConnectionThread("romancy-reader", self._connect_again, is_beyond_use, self.is_stale)
             self._reader.open().result()
             self._reader.submit(self._ask_time).result()
         except DatabaseError:
@@ -234,6 +234,11 @@ class Store(ABC):
         """
         if self.most_bytes is not None and 4 * sum(map(_length, values)) + len(sql) > self.most_bytes:
             check_packet(len(sql) + bytes_of(values), self.most_bytes)
+
+    def is_stale(self, link: Link) -> bool:
+        """Whether a connection has lain idle for so long that its server may be about to end it."""
+        del link
+        return False
 
     # -- the group commit --------------------------------------------------------------------------
 

@@ -36,12 +36,21 @@ class ConnectionThread:
         name: the thread's name.
         connect: makes the connection.
         is_lost: whether this error says that the connection is of no more use.
+        is_stale: whether the connection has lain idle for so long that its server may be about to end it; then it is
+            made anew before the next job.
     """
 
-    def __init__(self, name: str, connect: Callable[[], Link], is_lost: Callable[[BaseException], bool]) -> None:
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], Link],
+        is_lost: Callable[[BaseException], bool],
+        is_stale: Callable[[Link], bool] = lambda _: False,
+    ) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Job[Any]] | None] = queue.SimpleQueue()
         self._connect = connect
         self._is_lost = is_lost
+        self._is_stale = is_stale
         self._opened: Future[None] = Future()
         self._is_given_up = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -85,18 +94,24 @@ class ConnectionThread:
             try:
                 if self._is_given_up:
                     raise DatabaseError("the app shuts down, and the database does not answer")
+                if link is not None and self._is_stale(link):
+                    _close(link)
+                    link = None
                 if link is None:
                     link = self._connect()
                 result = job(link)
             except BaseException as error:
                 if link is not None and self._is_lost(error):
-                    with contextlib.suppress(Exception):
-                        link.close()
+                    _close(link)
                     link = None
                 outcome.set_exception(error)
             else:
                 outcome.set_result(result)
             del item, outcome, job
         if link is not None:
-            with contextlib.suppress(Exception):
-                link.close()
+            _close(link)
+
+
+def _close(link: Link) -> None:
+    with contextlib.suppress(Exception):
+        link.close()
