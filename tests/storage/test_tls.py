@@ -23,9 +23,9 @@ from romancy import (
     workflow,
 )
 from tests.certificates import Certificates, make_certificates
-from tests.databases import execute
-from tests.mariadb import UNPRIVILEGED, mariadb
+from tests.databases import execute, server_with
 from tests.own_postgresql import postgresql
+from tests.servers import UNPRIVILEGED
 from tests.support import RESULT_TIMEOUT_S
 
 KINDS = ("postgresql", "mysql")
@@ -60,7 +60,8 @@ def _server(kind: str, certificates: Certificates) -> Iterator[str]:
         with postgresql(*settings, hba="hostssl all all 127.0.0.1/32 trust") as url:
             yield url
     else:
-        with mariadb(f"--ssl-cert={files.cert}", f"--ssl-key={files.key}", f"--ssl-ca={files.ca}") as url:
+        options = (f"--ssl-cert={files.cert}", f"--ssl-key={files.key}", f"--ssl-ca={files.ca}")
+        with server_with("mysql", *options) as url:
             yield url
 
 
@@ -157,7 +158,7 @@ async def test_client_certificate_is_presented(server: str, certificates: Certif
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_server_without_tls_is_refused(kind: str, certificates: Certificates) -> None:
-    own = postgresql("ssl=off") if kind == "postgresql" else mariadb("--skip-ssl")
+    own = postgresql("ssl=off") if kind == "postgresql" else server_with("mysql", "--skip-ssl")
     with own as url, pytest.raises(DatabaseUnavailableError, match=r"that the server offers TLS"):
         await App(_with(url, "full", ca=certificates.ca)).start()
 

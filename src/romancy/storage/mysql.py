@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import URL, ColumnElement, Connection, Engine, event, literal_column, text
 from sqlalchemy.dialects import mysql as mysql_dialect
+from sqlalchemy.engine.interfaces import Dialect
 
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, SchemaError
 from romancy.storage.address import ServerAddress
@@ -23,7 +24,7 @@ from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_IDLE_S, MOST_LOCK_WA
 from romancy.storage.statements import ManyRows, fitting, insert_into
 from romancy.storage.store import check_packet
 from romancy.storage.threads import Link
-from romancy.storage.tls import tls_context, without_tls
+from romancy.storage.tls import refuses_tls, tls_context, without_tls
 from romancy.storage.watchdog import Line
 
 try:
@@ -96,6 +97,8 @@ class MysqlStore(ServerStore):
         self._url = without_tls(address.url)
         tls = tls_context(address.url)
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls}
+        # Unless it is told not to, PyMySQL uses TLS wherever the server has it; asyncmy only when it is told to.
+        self._plain = {"ssl_disabled": True} if refuses_tls(address.url) else {}
         self._keyed_starts = ManyRows(
             insert_into(instances, StartRow._fields),
             len(StartRow._fields),
@@ -173,15 +176,17 @@ class MysqlStore(ServerStore):
             "write_timeout": self.patience_s,
             "charset": "utf8mb4",
         }
-        connection = pymysql.connect(autocommit=True, **{**options, **parameters, **self._tls})
+        connection = pymysql.connect(autocommit=True, **{**options, **parameters, **self._tls, **self._plain})
         return MysqlLink(connection, self._dog.hold(self._descriptor(connection)), patience_s)
 
-    def _connecting(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _connecting(self, dialect: Dialect, options: dict[str, Any]) -> dict[str, Any]:
+        plain = self._plain if dialect.driver == "pymysql" else {}
         # The drivers' own timeout for connecting ends before the server has said a word.
-        return super()._connecting({"read_timeout": self.connect_timeout_s, **options, **self._tls})
+        options = {"read_timeout": self.connect_timeout_s, **options, **self._tls, **plain}
+        return super()._connecting(dialect, options)
 
     def migration_options(self) -> dict[str, Any]:
-        return {"connect_args": self._tls}
+        return {"connect_args": {**self._tls, **self._plain}}
 
     def _on_connected(self, driver: Any, options: dict[str, Any]) -> None:
         driver._read_timeout = options.get("read_timeout")

@@ -134,8 +134,9 @@ class ServerStore(Store):
     def _descriptor(self, connection: Any) -> int:
         """The socket's descriptor of one of the drivers' connections."""
 
-    def _connecting(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _connecting(self, dialect: Dialect, options: dict[str, Any]) -> dict[str, Any]:
         """The driver's options, with a bound for the time that connecting may take."""
+        del dialect
         return {"connect_timeout": self.connect_timeout_s, **options}
 
     def _on_connected(self, driver: Any, options: dict[str, Any]) -> None:
@@ -148,7 +149,7 @@ class ServerStore(Store):
 
         @event.listens_for(engine, "do_connect")
         def do_connect(dialect: Dialect, record: Any, arguments: Any, options: Any) -> Any:
-            connection = dialect.connect(*arguments, **self._connecting(options))
+            connection = dialect.connect(*arguments, **self._connecting(dialect, options))
             driver = getattr(connection, "driver_connection", connection)
             self._on_connected(driver, options)
             line = self._dog.hold(self._descriptor(driver))

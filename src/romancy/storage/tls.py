@@ -13,13 +13,27 @@ from sqlalchemy import URL
 from romancy.errors import DatabaseURLError
 
 _TEXTS: Final = ("ssl_ca", "ssl_capath", "ssl_cert", "ssl_key", "ssl_cipher")
-_SWITCHES: Final = ("ssl_verify_cert", "ssl_verify_identity", "ssl_check_hostname")
+_SWITCHES: Final = ("ssl_verify_cert", "ssl_verify_identity", "ssl_disabled", "ssl_check_hostname")
 _WORDS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def without_tls(url: URL) -> URL:
     """The address without its TLS options."""
     return url.difference_update_query([name for name in url.query if name.startswith("ssl")])
+
+
+def refuses_tls(url: URL) -> bool:
+    """Whether the address says ``ssl_disabled=true``.
+
+    Raises:
+        DatabaseURLError: it says other things about TLS beside that.
+    """
+    given = {name: _one(name, value) for name, value in url.query.items() if name.startswith("ssl")}
+    if not _switch(given, "ssl_disabled", False):
+        return False
+    if len(given) > 1:
+        raise DatabaseURLError("ssl_disabled=true goes with no other option of TLS: leave them out")
+    return True
 
 
 def tls_context(url: URL) -> ssl.SSLContext | None:
@@ -32,12 +46,12 @@ def tls_context(url: URL) -> ssl.SSLContext | None:
         DatabaseURLError: an option is unknown or has a wrong value, or a file can't be read.
     """
     given = {name: _one(name, value) for name, value in url.query.items() if name.startswith("ssl")}
-    if not given:
+    if not given or refuses_tls(url):
         return None
     for name in given:
         if name not in _TEXTS and name not in _SWITCHES:
             raise DatabaseURLError(
-                f"{name} is no option of a mysql:// address: TLS takes {', '.join(_TEXTS + _SWITCHES[:2])}"
+                f"{name} is no option of a mysql:// address: TLS takes {', '.join(_TEXTS + _SWITCHES[:3])}"
             )
     ca, capath = given.get("ssl_ca"), given.get("ssl_capath")
     checks_name = _switch(given, "ssl_verify_identity", _switch(given, "ssl_check_hostname", None))
