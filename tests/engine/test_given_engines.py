@@ -338,6 +338,55 @@ async def test_connection_of_a_given_engine_is_watched_while_its_transaction_las
     assert lines[0] is not None
 
 
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_session_that_waits_for_the_given_pool_keeps_nobody_from_writing(
+    ledger: Database, engine: AsyncEngine, sync_engine: Engine, kind: str
+) -> None:
+    with isolated_catalogue():
+
+        @activity
+        async def wait_async() -> None:
+            await current_activity().session.execute(INSERT, {"token": "a"})
+
+        @activity
+        def wait_sync() -> None:
+            current_activity().sync_session.execute(INSERT, {"token": "a"})
+
+        @workflow
+        async def flow(ctx: WorkflowContext) -> None:
+            await (wait_async() if kind == "async" else wait_sync())
+
+        @workflow
+        async def other(ctx: WorkflowContext) -> None: ...
+
+        async with App(ledger, engine=engine, sync_engine=sync_engine) as app:
+            inner = engine.sync_engine if kind == "async" else sync_engine
+            asked = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            real = inner.pool.connect
+
+            def connect() -> Any:
+                loop.call_soon_threadsafe(asked.set)
+                return real()
+
+            if kind == "async":
+                held: Any = await engine.connect()
+            else:
+                held = await asyncio.to_thread(sync_engine.connect)
+            inner.pool.connect = connect  # type: ignore[method-assign]
+            handle = await app.start_workflow(flow)
+            async with asyncio.timeout(RESULT_TIMEOUT_S):
+                await asked.wait()
+                # The pool's only connection is ours until this is written.
+                await (await app.start_workflow(other)).result(RESULT_TIMEOUT_S)
+            if kind == "async":
+                await held.close()
+            else:
+                held.close()
+            await handle.result(RESULT_TIMEOUT_S)
+    assert tokens(ledger) == ["a"]
+
+
 async def test_read_only_engine_writes_in_sessions(postgresql_url: str) -> None:
     url = make_url(postgresql_url).set(drivername="postgresql+psycopg")
     engine = create_async_engine(url, connect_args={"options": "-cdefault_transaction_read_only=on"})

@@ -143,23 +143,14 @@ class ActivityTransaction:
         if self.is_over:
             raise SessionError("this activity's session is closed: use it only while the activity runs")
         if self._connection is None:
-            lock = self._engines.write_lock
-            if self._is_async:
-                await_only(lock.acquire_async())
-            else:
-                lock.acquire()
             try:
                 connection = self._begin()
             except Exception as error:
-                lock.release()
                 if not is_driver_error(error):
                     raise
                 # Not the activity's failure: it had not begun to write.
                 self.failure = database_error(error, self._engines.name)
                 raise self.failure from error
-            except BaseException:
-                lock.release()
-                raise
             self._connection = connection
             self._opened_at = time.monotonic()
             event.listen(connection, "commit", self._on_commit)
@@ -167,19 +158,45 @@ class ActivityTransaction:
         return self._connection
 
     def _begin(self) -> Connection:
+        """A connection with its transaction begun, and the write lock held."""
         given = self._engines.given.of(is_async=self._is_async)
-        connection = (given or self._engines.sync_engine(is_async=self._is_async)).connect()
+        if given is None:
+            self._lock()
+            try:
+                connection = self._engines.sync_engine(is_async=self._is_async).connect()
+                try:
+                    connection.begin()
+                except BaseException:
+                    connection.close()
+                    raise
+            except BaseException:
+                self._engines.write_lock.release()
+                raise
+            return connection
+        # Its pool may have none for us until somebody has written: so first the connection, then the lock.
+        connection = given.connect()
         try:
-            if given is None:
-                connection.begin()
-            else:
-                self._give_back = self._engines.store.begin_on(connection)
+            self._lock()
         except BaseException:
-            if given is not None and not connection.invalidated:
-                connection.invalidate()  # some of its settings may be changed
             connection.close()
             raise
+        try:
+            self._give_back = self._engines.store.begin_on(connection)
+        except BaseException:
+            try:
+                if not connection.invalidated:
+                    connection.invalidate()  # some of its settings may be changed
+                connection.close()
+            finally:
+                self._engines.write_lock.release()
+            raise
         return connection
+
+    def _lock(self) -> None:
+        if self._is_async:
+            await_only(self._engines.write_lock.acquire_async())
+        else:
+            self._engines.write_lock.acquire()
 
     def _on_commit(self, _connection: Connection) -> None:
         if not self._is_committing:
