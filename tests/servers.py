@@ -319,12 +319,12 @@ def keep(kind: str, folder: Path) -> None:
 
 def _tidy(folder: Path) -> None:
     """Remove what no server uses; the last one to go removes all."""
-    for path in folder.iterdir():
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-        elif not (path / _URL).exists():
-            shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
+    with suppress(OSError):  # another one does it, too, or is not through yet
+        for path in folder.iterdir():
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+            elif not (path / _URL).exists():
+                shutil.rmtree(path, ignore_errors=True)
         folder.rmdir()
 
 
