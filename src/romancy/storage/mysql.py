@@ -221,8 +221,8 @@ class MysqlStore(ServerStore):
     def _begin_on(self, connection: Connection) -> Callable[[], None]:
         isolation = "tx_isolation" if self._is_mariadb else "transaction_isolation"
         wanted: dict[str, Any] = {isolation: "READ-COMMITTED"}
-        if self._is_mariadb:
-            wanted["idle_write_transaction_timeout"] = round(MOST_IDLE_S)
+        variable, limit_s = self._idle_time()
+        wanted[variable] = limit_s
         connection.begin()
         names = ", ".join(f"@@SESSION.{name}" for name in wanted)
         values = connection.exec_driver_sql(f"SELECT {names}").one()
@@ -244,16 +244,19 @@ class MysqlStore(ServerStore):
         assert isinstance(link, ServerLink)
         return not self._is_mariadb and time.monotonic() - link.used_at > self.idle_transaction_s / 2
 
-    def _set_idle_time(self, engine: Engine) -> None:
+    def _idle_time(self) -> tuple[str, int]:
+        """The server's variable that ends a session whose host has vanished, and its seconds."""
         if self._is_mariadb:
-            setting = f"idle_write_transaction_timeout = {round(MOST_IDLE_S)}"
-        else:
-            setting = f"wait_timeout = {round(LONGEST_PAUSE_S)}"
+            return "idle_write_transaction_timeout", round(MOST_IDLE_S)
+        return "wait_timeout", round(LONGEST_PAUSE_S)
+
+    def _set_idle_time(self, engine: Engine) -> None:
+        variable, limit_s = self._idle_time()
 
         @event.listens_for(engine, "connect")
         def on_connect(connection: Any, _record: Any) -> None:
             cursor = connection.cursor()
-            cursor.execute(f"SET SESSION {setting}")
+            cursor.execute(f"SET SESSION {variable} = {limit_s}")
             cursor.close()
 
     # -- hints -------------------------------------------------------------------------------------
