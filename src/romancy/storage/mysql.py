@@ -98,7 +98,7 @@ class MysqlStore(ServerStore):
         tls = tls_context(address.url)
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls}
         # Unless it is told not to, PyMySQL uses TLS wherever the server has it; asyncmy only when it is told to.
-        self._plain = {"ssl_disabled": True} if refuses_tls(address.url) else {}
+        self._plain: dict[str, Any] = {"ssl_disabled": True} if refuses_tls(address.url) else {}
         self._keyed_starts = ManyRows(
             insert_into(instances, StartRow._fields),
             len(StartRow._fields),
