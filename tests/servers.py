@@ -165,9 +165,12 @@ def _postgres(folder: Path) -> Path:
         raise MissingError("no postgres here; run: uv sync, or: apt-get install postgresql")
     program = programs[-1].absolute()
     if os.geteuid() == 0 and not _is_open_to_all(program):
-        folder.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree(program.parent.parent, folder / "programs", symlinks=True)
-        return Path(copy) / "bin" / program.name
+        # A package's libraries stand beside it, and its programs look for them there.
+        package = program.parents[2]
+        for part in package.parent.glob(f"{package.name}*"):
+            if part == package or part.suffix == ".libs":
+                shutil.copytree(part, folder / "programs" / part.name, symlinks=True)
+        return folder / "programs" / program.relative_to(package.parent)
     return program
 
 
