@@ -20,6 +20,7 @@ from romancy import (
     current_activity,
     workflow,
 )
+from romancy.engine import worker as worker_module
 from romancy.testing import isolated_catalogue
 from tests.databases import Database, execute, rows
 from tests.engine.test_events import NOTHING, left
@@ -379,3 +380,22 @@ async def test_patched_code_runs_where_the_run_has_not_gone_past(database: Datab
                 await (await app.get_handle(instance_id)).result(RESULT_TIMEOUT_S)
     assert diary == ["old", "new", "new", "old", "new", "new"]
     assert rows(database, "SELECT patches FROM romancy_instances WHERE instance_id = ?", "old") == [(None,)]
+
+
+async def test_runs_do_not_pile_up_before_the_commits(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without activities they are quicker: what waits for a commit stays bounded, however many there are."""
+    monkeypatch.setattr(worker_module, "MOST_ROWS_AHEAD", 20)
+    waiting: list[int] = []
+
+    @workflow
+    async def spin(ctx: WorkflowContext, left_over: int) -> int:
+        assert app._worker is not None
+        waiting.append(app._worker.writer.waiting_rows)
+        if left_over:
+            await ctx.recur(left_over - 1)
+        return ctx.run
+
+    app = App(database)
+    async with app:
+        assert await (await app.start_workflow(spin, 500)).result(RESULT_TIMEOUT_S) == 501
+    assert max(waiting) <= 20

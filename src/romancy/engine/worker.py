@@ -48,6 +48,9 @@ LOCKED_WAIT_US = 20_000
 LONGEST_FAREWELL_S = 5.0
 GONE_CHECK_INTERVAL_S = 0.5
 CHANGE_CHECK_INTERVAL_S = 0.02
+MOST_ROWS_AHEAD = 500
+"""Rows that may wait for a commit when a further run of an instance begins."""
+
 CLEARING_INTERVAL_S = 300.0
 
 
@@ -361,8 +364,17 @@ class Worker:
                 last.succeeded_by(instance)
                 instance.begin()
 
+        def begin_late() -> None:
+            self._loop.call_soon(begin)
+            # A request may have come while the instance was between its runs.
+            self.hint()
+
         # In a callback of its own: ten thousand runs in a row must not nest.
-        self._loop.call_soon(begin)
+        if self.writer.waiting_rows < MOST_ROWS_AHEAD:
+            self._loop.call_soon(begin)
+        else:
+            # Nor pile up: without activities, runs are quicker than commits.
+            self.writer.when_durable(ticket, begin_late)
 
     def on_post(self, post: Post) -> None:
         """Mail of a durable transaction: what is for live instances goes there at once."""

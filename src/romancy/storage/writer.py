@@ -168,6 +168,11 @@ class Writer:
         self.committed = 0
         self.stopped_by: DatabaseError | None = None
 
+    @property
+    def waiting_rows(self) -> int:
+        """How many rows the next batch has so far."""
+        return self._open.row_count
+
     # -- handing rows over -------------------------------------------------------------------------
 
     def record(self, recorder: Recorder, event: HistoryRow | None, state: StateRow | None = None) -> int:
