@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -208,5 +209,8 @@ async def test_idle_worker_is_quiet(database: str, hears: bool, monkeypatch: pyt
             await until(lambda: app._worker._scan_wait_s == worker_module.SCAN_INTERVAL_S)  # type: ignore[union-attr]
             monkeypatch.setattr(PostgresqlLink, "execute", counted)
             monkeypatch.setattr(PostgresqlLink, "execute_together", counted_together)
+            began = time.monotonic()
             await asyncio.sleep(60 / HASTE)
-            assert 10 <= said.total() <= 30, said
+            minutes = (time.monotonic() - began) * HASTE / 60
+            # What is periodic may fall once more into a time as short as this.
+            assert 10 <= said.total() <= 30 * minutes + 2, (minutes, said)
