@@ -21,7 +21,15 @@ from romancy.engine.operations import (
     RecurOperation,
     TimerOperation,
 )
-from romancy.engine.replayed import ReplayedRun
+from romancy.engine.replayed import (
+    CANCELLATION,
+    COMPLETED,
+    EXECUTED,
+    HEARTBEAT,
+    RETRY,
+    TIMER_EXPIRED,
+    ReplayedRun,
+)
 from romancy.engine.run import Ending, RunHost
 from romancy.engine.saga import undo_of
 from romancy.errors import (
@@ -40,16 +48,8 @@ from romancy.storage.rows import ClaimedRow, HistoryRow, ProgressRow, RunRow, St
 
 logger = logging.getLogger("romancy.engine")
 
-COMPLETED = HistoryKind.ACTIVITY_COMPLETED.value
 FAILED = HistoryKind.ACTIVITY_FAILED.value
-RETRY = HistoryKind.ACTIVITY_RETRY_SCHEDULED.value
-TIMER_EXPIRED = HistoryKind.TIMER_EXPIRED.value
-EXECUTED = HistoryKind.COMPENSATION_EXECUTED.value
 UNDONE_FAILED = HistoryKind.COMPENSATION_FAILED.value
-SUPERSEDED = HistoryKind.SUPERSEDED.value
-MARKERS = (SUPERSEDED, HistoryKind.WORKFLOW_RETRIED.value, HistoryKind.WORKFLOW_FORKED.value)
-HEARTBEAT = HistoryKind.ACTIVITY_HEARTBEAT.value
-CANCELLATION = HistoryKind.CANCELLATION_REQUESTED.value
 RUNNING = Status.RUNNING.value
 COMPENSATING = Status.COMPENSATING.value
 WAITING_FOR_TIMER = Status.WAITING_FOR_TIMER.value
