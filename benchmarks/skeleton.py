@@ -1,32 +1,48 @@
 """The least that any engine must do in Python, on the floor's writer: how near the floor can one come?
 
-    python benchmarks/skeleton.py --concurrency 512 --count 20000 --dir TMPDIR
+    python benchmarks/skeleton.py throughput --concurrency 512 --count 20000 --dir TMPDIR
+    python benchmarks/skeleton.py throughput --concurrency 512 --count 20000 --database URL
+    python benchmarks/skeleton.py sessions --concurrency 64 --count 4000 --database URL
 
-Prints one JSON object: workflows of three activities a second of the floor, and of this skeleton, in one process.
+Prints one JSON object: workflows a second of the floor, and of this skeleton, in one process, taking turns.
 
-The skeleton has what the promises cannot do without, and nothing else: each workflow is a task on an event loop of its
-own, each activity a task on the real one; arguments and results become JSON, and a result is read back; an activity
-waits until the outcome before it is durable. It has no replay, no retries, no timeouts, no cancellation, no limits, no
-leases, no ids by counter, no errors, and no types. So its ratio to the floor is more than an engine can reach.
+The skeleton of the throughput has what the promises cannot do without, and nothing else: each workflow is a task on an
+event loop of its own, each activity a task on the real one; arguments and results become JSON, and a result is read
+back; an activity waits until the outcome before it is durable. It has no replay, no retries, no timeouts, no
+cancellation, no limits, no leases, no ids by counter, no errors, and no types. So its ratio to the floor is more than
+an engine can reach.
+
+The skeleton of the sessions has no engine at all: between the floor's two group commits, the user's row goes through
+SQLAlchemy's AsyncSession, and the row of history through its connection, and both are committed. So its ratio to the
+floor tells what such a session costs by itself.
 """
 
 import argparse
 import asyncio
 import json
+import statistics
 import tempfile
 import time
 from asyncio import _set_running_loop
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any
 
-from floor import WAL_WARM_UP, Writer, end_row, history_row, instance_ids, start_row
-from group_commit import SqliteGroup, connect_sqlite
-from peers.common import timed_bounded
+from floor import MAKE_ROWS, SESSION_CONNECTIONS, Sessions, Writer, end_row, history_row, instance_ids, marks, start_row
+from group_commit import MAKERS, Group, SqliteGroup, connect_sqlite, insert_into
+from peers.common import Result, timed_bounded, tune_garbage_collector
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
+from databases import connect
+from romancy.storage.address import parse_address
 from romancy.storage.migrate import ensure_schema
+from romancy.storage.rows import HistoryRow
+from romancy.storage.stores import make_store
+
+TURNS = 5
 
 dump = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 
@@ -128,8 +144,11 @@ class Instance:
         self.ended.set_result(None)
 
 
-async def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    writer, ids, outer = Writer(SqliteGroup(path)), instance_ids(), asyncio.get_running_loop()
+RunOne = Callable[[int], Coroutine[Any, Any, None]]
+
+
+async def throughput(args: argparse.Namespace, group: Group) -> Result:
+    writer, ids, outer = Writer(group), instance_ids(), asyncio.get_running_loop()
 
     async def floor(_: int) -> None:
         instance_id = next(ids)
@@ -145,23 +164,76 @@ async def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         instance.advance()
         await instance.ended
 
-    rates = {}
-    for run_one in (floor, skeleton):
-        await timed_bounded(run_one, WAL_WARM_UP, 512)
-        rates[run_one.__name__] = round(args.count / await timed_bounded(run_one, args.count, args.concurrency))
-    return rates | {"ratio": round(rates["skeleton"] / rates["floor"], 3)} | writer.durability()
+    return await beside(args, floor, skeleton) | writer.durability()
+
+
+async def sessions(args: argparse.Namespace, group: Group) -> Result:
+    writer, own, ids = Writer(group), Sessions(args.database), instance_ids()
+    connect(args.database).cursor().execute(MAKE_ROWS)
+    url = make_store(parse_address(args.database), []).url(is_async=True)
+    engine = create_async_engine(url, pool_size=SESSION_CONNECTIONS, max_overflow=0)
+    user_row = text("INSERT INTO bench_rows (id, name) VALUES (:id, :name)")
+    event = f"{insert_into('romancy_history', HistoryRow._fields)} VALUES ({marks(HistoryRow._fields)})"
+
+    async def floor(_: int) -> None:
+        instance_id = next(ids)
+        await writer.write(start_row(instance_id))
+        await own.commit(instance_id)
+        await writer.write(end_row(instance_id))
+
+    async def skeleton(_: int) -> None:
+        instance_id = next(ids)
+        await writer.write(start_row(instance_id))
+        async with AsyncSession(engine) as session:
+            await session.execute(user_row, {"id": instance_id, "name": "bench"})
+            connection = await session.connection()
+            await connection.exec_driver_sql(event, tuple(history_row(instance_id, 1)[1]))
+            await session.commit()
+        await writer.write(end_row(instance_id))
+
+    found = await beside(args, floor, skeleton) | writer.durability()
+    await engine.dispose()
+    return found
+
+
+async def beside(args: argparse.Namespace, floor: RunOne, skeleton: RunOne) -> Result:
+    """The medians of some turns of both."""
+    rates: dict[str, list[float]] = {"floor": [], "skeleton": []}
+    tune_garbage_collector()
+    for turn in range(TURNS + 1):
+        for run_one in (floor, skeleton):
+            seconds = await timed_bounded(run_one, args.count, args.concurrency)
+            if turn:  # the first warms up
+                rates[run_one.__name__].append(args.count / seconds)
+    found = {name: round(statistics.median(some)) for name, some in rates.items()}
+    ratios = sorted(mine / best for mine, best in zip(rates["skeleton"], rates["floor"], strict=True))
+    ratio = {"ratio": round(statistics.median(ratios), 3), "least": round(ratios[0], 3), "most": round(ratios[-1], 3)}
+    return {"concurrency": args.concurrency} | found | ratio
+
+
+WORKS = {"throughput": throughput, "sessions": sessions}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("work", choices=WORKS)
     parser.add_argument("--concurrency", type=int, default=512)
     parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--dir", type=Path, help="where to put the database (default: the system's temp)")
+    parser.add_argument("--dir", type=Path, help="where to put a SQLite database (default: the system's temp)")
+    parser.add_argument("--database", help="instead: an empty database on a server")
     args = parser.parse_args()
+    work = WORKS[args.work]
+    if args.database is not None:
+        store = make_store(parse_address(args.database), [])
+        store.prepare(migrate=True)
+        print(json.dumps(asyncio.run(work(args, MAKERS[store.kind](args.database)))))
+        return
+    if args.work == "sessions":
+        parser.error("sessions are measured on a server: give --database")
     with tempfile.TemporaryDirectory(prefix="skeleton-", dir=args.dir, ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "skeleton.db"
         ensure_schema(str(path), lambda: connect_sqlite(path), migrate=True)
-        print(json.dumps({"concurrency": args.concurrency} | asyncio.run(measure(args, path))))
+        print(json.dumps(asyncio.run(work(args, SqliteGroup(path)))))
 
 
 if __name__ == "__main__":

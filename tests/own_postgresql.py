@@ -38,7 +38,9 @@ def postgresql(*options: str, hba: str = "host all all 127.0.0.1/32 trust") -> I
         install = [installer, "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-instructions"]
         subprocess.run(install, check=True, capture_output=True, user=user, cwd=folder, timeout=60)
         (data / "pg_hba.conf").write_text(f"local all all trust\n{hba}\n")
-        settings = ["listen_addresses=127.0.0.1", f"port={port}", f"unix_socket_directories={folder}", *options]
+        # What a server that is killed leaves behind goes with its folder.
+        settings = ["listen_addresses=127.0.0.1", f"port={port}", f"unix_socket_directories={folder}"]
+        settings += ["dynamic_shared_memory_type=mmap", *options]
         log = Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -17,6 +17,7 @@ class Proxy:
         address: where it listens, as ``host:port``.
         cuts: how many connections it has broken.
         stalls: how many connections it has stalled by :meth:`stall_at`.
+        requests: how many it has seen.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -25,6 +26,7 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self.cuts = 0
         self.stalls = 0
+        self.requests = 0
         self._lock = threading.Lock()
         self._left: int | None = None
         self._when: When = "before"
@@ -155,6 +157,7 @@ class Proxy:
 
     def _verdict(self, data: bytes) -> str | None:
         with self._lock:
+            self.requests += 1
             if self._left is None or self._containing not in data:
                 return None
             self._left -= 1

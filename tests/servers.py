@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -94,7 +94,14 @@ class Server:
     def _begin(self) -> subprocess.Popen[bytes]:
         as_whom = () if self._is_safe_as_root else _prefix()
         with self._log.open("ab") as log:
-            return subprocess.Popen([*as_whom, *self._command], stdout=log, stderr=log, start_new_session=True, cwd="/")
+            return subprocess.Popen(
+                [*as_whom, *self._command],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd="/",
+                env=_environment(self._log.parent),
+            )
 
     def create_database(self) -> None:
         """Create the empty database."""
@@ -147,7 +154,7 @@ def _postgresql(folder: Path, options: Sequence[str]) -> Server:
     command = [
         str(program), "-D", str(data), "-p", str(port), "-c", "unix_socket_directories=",
         "-c", "listen_addresses=127.0.0.1", "-c", "shared_buffers=16MB", "-c", "max_connections=200",
-        "-c", "max_wal_size=256MB", *options,
+        "-c", "max_wal_size=256MB", "-c", "dynamic_shared_memory_type=mmap", *options,
     ]  # fmt: skip
     log, base = folder / "postgresql.log", f"postgresql://postgres@127.0.0.1:{port}"
     return Server(command, log, base, "postgres", signal.SIGINT)
@@ -181,7 +188,7 @@ def _mariadb(folder: Path, options: Sequence[str]) -> Server:
     data, port = folder / "mysql", free_port()
     _own(folder)
     install = [installer, "--no-defaults", f"--datadir={data}", "--auth-root-authentication-method=normal"]
-    _run([*_prefix(), *install, "--skip-test-db"])
+    _run([*_prefix(), *install, "--skip-test-db"], _environment(folder))
     return _like_mysql([program, "--no-defaults"], folder, data, port, options)
 
 
@@ -222,8 +229,15 @@ def _prefix() -> list[str]:
     return ["setpriv", f"--reuid={UNPRIVILEGED}", f"--regid={pwd.getpwnam(UNPRIVILEGED).pw_gid}", "--clear-groups"]
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd="/", check=False)
+def _environment(folder: Path) -> dict[str, str]:
+    """Temporary tables stand in a server's own folder: MariaDB and MySQL remove others' when they start."""
+    return {**os.environ, "TMPDIR": str(folder)}
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", cwd="/", check=False, env=environment
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import pytest
@@ -46,6 +46,11 @@ class CrashPlan:
         else:
             self._stop()
         return never
+
+    async def happens_soon(self) -> None:
+        """Wait until it happens, though only for a moment: it may never."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.happened.wait(), 0.02)
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self.happened.set)
@@ -121,4 +126,14 @@ async def wait_for_status(app: App, instance_id: str, status: Status) -> None:
             instance = await app.get_instance(instance_id)
             if instance is not None and instance.status is status:
                 return
-            await asyncio.sleep(0.002)
+            await _news(app)
+
+
+async def _news(app: App) -> None:
+    """Wait until the app's worker has committed something; or for a while, for others may have."""
+    worker = app._worker
+    committed = worker and worker.writer.committed
+    for _ in range(10):
+        await asyncio.sleep(0.002)
+        if worker is None or app._worker is not worker or worker.writer.committed != committed:
+            return

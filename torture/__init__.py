@@ -5,7 +5,7 @@
     run.py       prepares the database, starts the processes, lets the faults loose, waits for the end, judges
     flows.py     the workflows and activities; each activity leaves a token in a table and a line in a file
     jobs.py      what the client starts, by number and seed, and what must come of it: pure
-    client.py    the process that starts, sends events and cancels, and notes what was acknowledged
+    client.py    the process that starts, sends events, cancels, suspends, retries and forks, and notes what was taken
     worker.py    the processes that run the workflows
     crew.py      starts, kills, stops and restarts them
     faults.py    what is done to them, and to the database

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torture.evidence import EventRow, Evidence, InstanceRow, decoded
 from torture.jobs import Expected, Start, expected, expected_of_job, job_of
@@ -17,6 +17,8 @@ OUTCOMES = DONE | {"ActivityFailed", "CompensationFailed"}
 RECEIPTS = frozenset({"EventReceived", "ChannelMessageReceived"})
 TIMEOUTS = frozenset({"EventTimeout", "MessageTimeout"})
 ENDED = frozenset({"completed", "failed", "cancelled"})
+TAKEN_BACK = frozenset({"strain", "complain", None})
+"""What a retry may take back: the activities that failed, what was done for that reason only, and the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,10 @@ def check(evidence: Evidence, seed: int) -> list[Violation]:
         finished_in_time,
         nothing_left,
         no_complaints,
+        rested,
+        retried,
+        forked,
+        patched_for_good,
     )
     found = [violation for rule in rules for violation in rule(evidence)]
     return found + list(results_right(evidence, seed)) + list(results_told(evidence))
@@ -59,21 +65,45 @@ def check(evidence: Evidence, seed: int) -> list[Violation]:
 def effects_once(evidence: Evidence) -> Iterator[Violation]:
     """A recorded outcome and its row in the ledger come together, once; each outcome has run at least once."""
     rows = Counter(evidence.ledger)
-    ran = set(evidence.lines)
-    recorded: set[str] = set()
+    ran = Counter(evidence.lines)
+    recorded: dict[str, list[EventRow]] = defaultdict(list)
+    copies = _copies(evidence)
     for event in evidence.history:
-        if event.kind not in OUTCOMES or event.name is None:
+        if event.name is None or not (event.kind in OUTCOMES or _is_superseded_outcome(event)):
             continue
-        token = event.token
-        wanted = int(event.kind in DONE and event.name not in UNBOOKED)
-        recorded.add(token)
+        if (event.instance_id, event.seq) not in copies:
+            recorded[event.token].append(event)
+    for token, events in recorded.items():
+        # What a retry has taken back was done all the same, and then once more.
+        wanted = sum(_is_done(event) and event.name not in UNBOOKED for event in events)
         if rows[token] != wanted:
-            what = f"{token} ({event.kind}) has {rows[token]} rows in the ledger instead of {wanted}"
-            yield Violation("effect", event.instance_id, what)
-        if token not in ran:
-            yield Violation("effect", event.instance_id, f"{token} is recorded but has never run")
+            kinds = ", ".join(event.kind for event in events)
+            what = f"{token} ({kinds}) has {rows[token]} rows in the ledger instead of {wanted}"
+            yield Violation("effect", events[0].instance_id, what)
+        if ran[token] < len(events):
+            what = f"{token} is recorded {len(events)} times but has run {ran[token]} times"
+            yield Violation("effect", events[0].instance_id, what)
     for token in rows.keys() - recorded:
         yield Violation("effect", token.rsplit("/", 2)[0], f"{token} is in the ledger, but no outcome is recorded")
+
+
+def _is_superseded_outcome(event: EventRow) -> bool:
+    # The end of a run has no attempts; an attempt that another one followed has a time as its result.
+    return event.kind == "Superseded" and event.attempt > 0 and not (event.error and event.result)
+
+
+def _is_done(event: EventRow) -> bool:
+    return event.kind in DONE or (event.kind == "Superseded" and event.error is None)
+
+
+def _copies(evidence: Evidence) -> set[tuple[str, int]]:
+    """What forks have taken over: instance and ``seq``."""
+    cuts = {event.instance_id: event.seq for event in evidence.history if event.kind == "WorkflowForked"}
+    return {
+        (event.instance_id, event.seq)
+        for event in evidence.history
+        if event.run == 1 and event.seq < cuts.get(event.instance_id, 0)
+    }
 
 
 def one_outcome_each(evidence: Evidence) -> Iterator[Violation]:
@@ -90,14 +120,16 @@ def one_outcome_each(evidence: Evidence) -> Iterator[Violation]:
 
 
 def attempts_counted(evidence: Evidence) -> Iterator[Violation]:
-    """Attempts count up by one, over crashes, too, to the outcome."""
+    """Attempts count up by one, over crashes, too, to the outcome; anew, where a retry has taken that back."""
     seen: Counter[str] = Counter()
     for event in evidence.history:
-        if event.kind == "ActivityRetryScheduled" or event.kind in OUTCOMES:
+        if event.attempt and (event.kind in ("ActivityRetryScheduled", "Superseded") or event.kind in OUTCOMES):
             seen[event.token] += 1
             if event.attempt != seen[event.token]:
                 what = f"{event.token} ({event.kind}) is attempt {event.attempt} instead of {seen[event.token]}"
                 yield Violation("attempts", event.instance_id, what)
+            if _is_superseded_outcome(event):
+                seen[event.token] = 0
 
 
 def written_by_owners(evidence: Evidence) -> Iterator[Violation]:
@@ -219,6 +251,8 @@ def _compare(instance: InstanceRow | None, instance_id: str, wanted: Expected) -
     elif instance.status != wanted.status:
         what = f"{instance_id} is {instance.status} instead of {wanted.status}: {instance.error}"
         yield Violation("result", instance_id, what)
+    elif wanted.reason not in (instance.error or ""):
+        yield Violation("result", instance_id, f"{instance_id} has failed for another reason: {instance.error}")
     elif wanted.status == "completed" and decoded(instance.result) != wanted.result:
         what = f"{instance_id} gave {instance.result} instead of {wanted.result}"
         yield Violation("result", instance_id, what)
@@ -246,3 +280,79 @@ def results_told(evidence: Evidence) -> Iterator[Violation]:
             yield Violation(
                 "result", record["id"], f"the client was told {told} of {record['id']}, the database differs"
             )
+
+
+def rested(evidence: Evidence) -> Iterator[Violation]:
+    """Nothing is recorded of a suspended instance until its resume."""
+    for record in evidence.acknowledged:
+        if record["what"] == "rest" and record["after"] != record["before"]:
+            what = f"{record['id']} was {record['before']} (status, events) and then {record['after']}, at rest"
+            yield Violation("rest", record["id"], what)
+
+
+def retried(evidence: Evidence) -> Iterator[Violation]:
+    """What a retry was acknowledged for is in history; it takes back what failed and what came of that, no more."""
+    taken: Counter[str] = Counter(record["id"] for record in evidence.acknowledged if record["what"] == "retry")
+    compensated = {event.instance_id for event in evidence.history if event.kind == "CompensationExecuted"}
+    there: Counter[str] = Counter()
+    for event in evidence.history:
+        there[event.instance_id] += event.kind == "WorkflowRetried"
+        is_child = str(event.operation_id).startswith("child:")
+        if event.kind == "Superseded" and event.name not in TAKEN_BACK and not is_child:
+            what = f"{event.token} was done before anything failed, and was taken back"
+            yield Violation("retry", event.instance_id, what)
+    for instance_id, count in taken.items():
+        if there[instance_id] < count:
+            what = f"{instance_id} was retried {count} times, of which {there[instance_id]} are recorded"
+            yield Violation("retry", instance_id, what)
+        if instance_id in compensated:
+            yield Violation("retry", instance_id, f"{instance_id} was retried though it is compensated")
+
+
+def forked(evidence: Evidence) -> Iterator[Violation]:
+    """A fork has its source's history up to the call, and the same chances; what comes then is its own."""
+    by_instance: dict[str, list[EventRow]] = defaultdict(list)
+    for event in evidence.history:
+        by_instance[event.instance_id].append(event)
+    there = {instance.instance_id: instance for instance in evidence.instances}
+    for record in evidence.acknowledged:
+        if record["what"] == "fork" and record["id"] not in there:
+            yield Violation("fork", "", f"{record['id']} was acknowledged and is lost")
+    for marker in [event for event in evidence.history if event.kind == "WorkflowForked"]:
+        origin = decoded(marker.input)
+        source, fork = there[origin["from"]], there[marker.instance_id]
+        of_source = by_instance[source.instance_id]
+        yield from _compare_prefix(by_instance[fork.instance_id], marker, of_source, origin["activity"])
+        if fork.workflow == "line" and decoded(fork.result) != decoded(source.result):
+            what = f"{fork.instance_id} gave {fork.result}, its source {source.result}"
+            yield Violation("fork", fork.instance_id, what)
+
+
+def _compare_prefix(
+    events: list[EventRow], marker: EventRow, of_source: list[EventRow], call: str
+) -> Iterator[Violation]:
+    cut = next((n for n, event in enumerate(of_source) if event.operation_id == call), None)
+    if cut is None:
+        yield Violation("fork", marker.instance_id, f"{marker.instance_id}: its source has no {call}")
+        return
+    wanted = [replace(event, instance_id=marker.instance_id) for event in of_source[:cut]]
+    found = [event for event in events if event.seq < marker.seq]
+    if found != wanted:
+        what = f"{marker.instance_id} does not have the history of its source up to {call}"
+        yield Violation("fork", marker.instance_id, what)
+
+
+def patched_for_good(evidence: Evidence) -> Iterator[Violation]:
+    """An instance goes one way for good: the newer one only if that is noted."""
+    ways: dict[str, list[str]] = defaultdict(list)
+    for event in evidence.history:
+        if event.kind == "ActivityCompleted" and event.name in ("add_in_thread", "add_unbooked"):
+            ways[event.instance_id].append(event.name)
+    for instance in evidence.instances:
+        if instance.workflow != "changing" or instance.status != "completed":
+            continue
+        way = ways[instance.instance_id]
+        is_noted = "in thread" in (decoded(instance.patches) or ())
+        if len(way) != 2 or len(set(way)) != 1 or ("add_in_thread" in way and not is_noted):
+            what = f"{instance.instance_id} went {way}, with the patches {instance.patches}"
+            yield Violation("patch", instance.instance_id, what)

@@ -11,7 +11,6 @@ import contextlib
 import os
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 from tests.ledger import INSERT
@@ -26,6 +25,7 @@ from romancy import (
     current_activity,
     workflow,
 )
+from torture.folder import Folder
 
 NEVER = "never"
 """An event that nobody sends."""
@@ -34,16 +34,22 @@ MEAN_WORK_S = 0.04
 IMPATIENCE_S = 0.06
 
 _journal: int | None = None
+_folder: Folder | None = None
+
+HAS_CHANGE = False
+"""Whether this process has the newer code of ``changing``."""
 
 
 class StumbledError(Exception):
     """What activities raise on purpose."""
 
 
-def open_journal(file: Path) -> None:
-    """Let the activities of this process append to this file."""
-    global _journal
-    _journal = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+def set_up(folder: Folder, *, has_change: bool) -> None:
+    """Let the activities of this process write into this folder, and choose the code."""
+    global HAS_CHANGE, _folder, _journal
+    _folder = folder
+    _journal = os.open(folder.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    HAS_CHANGE = has_change
 
 
 def leave_line() -> str:
@@ -113,6 +119,22 @@ async def fall() -> None:
     """Fails for good."""
     await book()
     raise StumbledError("for good")
+
+
+@activity(retry=RetryPolicy.fixed(2, 0.05))
+async def strain(key: str, level: int) -> int:
+    """Fails for good, after it has written, until that was mended from outside."""
+    await book()
+    assert _folder is not None
+    if _folder.mended_level(key) < level:
+        raise StumbledError(f"{key} is broken at level {level}")
+    return 0
+
+
+@activity
+async def complain() -> None:
+    """Done only because something has failed; a retry takes it back."""
+    await book()
 
 
 @activity
@@ -297,4 +319,49 @@ async def counter(ctx: WorkflowContext, total: int, left: int) -> int:
     total = await (add if left % 2 else add_unbooked)(total, left)
     if left:
         await ctx.recur(total, left - 1)
+    return total
+
+
+@workflow
+async def broken(ctx: WorkflowContext, total: int, steps: int, levels: int, key: str) -> int:
+    """Fails at each level until that was mended; a retry goes on from there."""
+    for step in range(steps):
+        total = await (add, add_unbooked)[step % 2](total, step)
+    try:
+        for level in range(1, levels + 1):
+            total += sum(await asyncio.gather(strain(key, level), add_in_thread(0, level)))
+    except Exception:
+        await complain()
+        raise
+    return await add(total, 1)
+
+
+@workflow
+async def guardian(ctx: WorkflowContext, total: int, steps: int, levels: int, key: str) -> int:
+    """Fails with its child; a retry goes on with that."""
+    total = await add(total, 0)
+    return await ctx.execute_child(broken, total, steps, levels, key)
+
+
+@workflow
+async def line(ctx: WorkflowContext, total: int, steps: int) -> int:
+    """To be forked: a fork has the same chances, but another id."""
+    for step in range(steps):
+        total = await (add_in_thread, add_unbooked)[step % 2](total, step)
+        total = await add(total, ctx.random().randrange(1_000))
+        if step % 2:
+            await ctx.sleep(0.01)
+    return total
+
+
+@workflow
+async def changing(ctx: WorkflowContext, total: int) -> int:
+    """Some processes have the newer code, some the older; an instance is of one of them, from its first step on."""
+    total = await add(total, 1)
+    for step in (10, 100):
+        is_new = HAS_CHANGE and ctx.patched("in thread")
+        total = await (add_in_thread if is_new else add_unbooked)(total, step)
+        await ctx.sleep(0.4)
+    if HAS_CHANGE:
+        ctx.patched("met last")
     return total

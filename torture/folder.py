@@ -35,6 +35,24 @@ class Folder:
         """While this file is there, hints from other processes are lost."""
         return self.path / "deaf"
 
+    def mend(self, key: str, level: int) -> None:
+        """Let ``flows.strain`` with this key succeed up to this level; what is mended stays so."""
+        self.mended.mkdir(exist_ok=True)
+        if level > self.mended_level(key):
+            draft = self.mended / f"{key}.{os.getpid()}"
+            draft.write_text(str(level))
+            draft.replace(self.mended / key)
+
+    def mended_level(self, key: str) -> int:
+        """Up to which level something was mended."""
+        file = self.mended / key
+        return int(file.read_text()) if file.exists() else 0
+
+    @property
+    def mended(self) -> Path:
+        """A folder with a file for each thing that was broken: up to which level it was mended."""
+        return self.path / "mended"
+
     def log(self, name: str) -> Path:
         """What a process has to say."""
         return self.path / f"{name}.log"

@@ -38,25 +38,61 @@ class Cancelling:
 
 
 @dataclass(frozen=True, slots=True)
+class Resting:
+    """An instance that the client suspends after so many seconds, and resumes when it has been so for so many."""
+
+    instance_id: str
+    delay_s: float
+    rest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retrying:
+    """An instance that the client retries when it has failed, having mended it up to this level."""
+
+    instance_id: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forking:
+    """An instance that the client forks from this call, after so many seconds."""
+
+    source_id: str
+    activity_id: str
+    fork_id: str
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """One unit of the client's work: starts, then events and cancels, then it waits for all results."""
+    """One unit of the client's work: starts, then what else it asks of the instances; then it waits for all results.
+
+    Attributes:
+        retryings: one after the other, and then the forkings.
+    """
 
     number: int
     starts: tuple[Start, ...]
     sendings: tuple[Sending, ...] = ()
     cancellings: tuple[Cancelling, ...] = ()
+    restings: tuple[Resting, ...] = ()
+    retryings: tuple[Retrying, ...] = ()
+    forkings: tuple[Forking, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """How an instance must end; ``result`` counts for completed ones."""
+    """How an instance must end; ``result`` counts for completed ones, and for failed ones a part of the reason."""
 
     status: str
     result: Any = None
+    reason: str = ""
 
 
 KINDS = (
     "sequence", "fan", "race", "stubborn", "nap", "waiter", "late", "market", "crowd", "saga", "victim", "counter",
+    "rest", "broken", "guardian", "line", "changing",
 )  # fmt: skip
 
 
@@ -80,8 +116,24 @@ def job_of(seed: int, number: int) -> Job:
             return Job(
                 number,
                 (Start(name, "victim", (random.randrange(4),)),),
-                cancellings=(Cancelling(name, random.uniform(0, 0.4)),),
+                cancellings=(Cancelling(name, random.choice((0, random.uniform(0, 0.4)))),),
+                restings=(Resting(name, random.uniform(0, 0.3), 0),) if random.random() < 0.3 else (),
             )
+        case "rest":
+            workflow = random.choice(("sequence", "fan", "nap", "saga", "counter", "line"))
+            rests = [
+                Resting(name, random.uniform(0, 0.3), random.uniform(0, 0.6)) for _ in range(random.randrange(1, 3))
+            ]
+            return Job(number, (Start(name, workflow, _SIMPLE[workflow](n, random)),), restings=tuple(rests))
+        case "saga":
+            # What is undone can't be retried; to ask for it changes nothing.
+            retryings = (Retrying(name, 0),) if random.random() < 0.3 else ()
+            return Job(number, (Start(name, kind, _SIMPLE[kind](n, random)),), retryings=retryings)
+        case "broken" | "guardian":
+            return _broken(number, name, kind, n, random)
+        case "line":
+            arguments = _SIMPLE[kind](n, random)
+            return Job(number, (Start(name, kind, arguments),), forkings=_forks(name, arguments[1], random))
         case _:
             return Job(number, (Start(name, kind, _SIMPLE[kind](n, random)),))
 
@@ -95,7 +147,37 @@ _SIMPLE: dict[str, Callable[[int, Random], Arguments]] = {
     "crowd": lambda n, random: (random.randrange(1, 4), random.randrange(1, 5)),
     "saga": lambda n, random: (random.randrange(1, 5), random.random() < 0.7),
     "counter": lambda n, random: (n, random.randrange(1, 5)),
+    "line": lambda n, random: (n, random.randrange(2, 6)),
+    "changing": lambda n, random: (n,),
 }
+
+
+def _broken(number: int, name: str, kind: str, n: int, random: Random) -> Job:
+    """Something that must be mended level by level; some retries come too early, and some never."""
+    levels, steps = random.randrange(1, 4), random.randrange(4)
+    mended = levels if random.random() < 0.8 else random.randrange(levels)
+    plan = [level for level in range(1, mended + 1) for _ in range(random.choice((1, 1, 2)))]
+    if random.random() < 0.3:
+        plan.insert(0, 0)
+    forkings: tuple[Forking, ...] = ()
+    if kind == "broken" and random.random() < 0.5:
+        calls = ["strain:1", "complain:1", f"strain:{min(levels, mended + 1)}"]
+        forkings = (Forking(name, random.choice(calls), f"{name} fork", 0),)
+    return Job(
+        number,
+        (Start(name, kind, (n, steps, levels, name)),),
+        retryings=tuple(Retrying(name, level) for level in plan),
+        forkings=forkings,
+    )
+
+
+def _forks(name: str, steps: int, random: Random) -> tuple[Forking, ...]:
+    """A fork at any time, and sometimes a fork of the fork."""
+    calls = [*(f"add:{step + 1}" for step in range(steps)), "add_in_thread:1", "add_unbooked:1", "timer:1"]
+    first = Forking(name, random.choice(calls), f"{name} fork", random.uniform(0, 0.6))
+    if random.random() < 0.7:
+        return (first,)
+    return (first, Forking(first.fork_id, random.choice(calls), f"{name} fork fork", random.uniform(0, 0.3)))
 
 
 def _market(name: str, random: Random) -> tuple[Start, ...]:
@@ -139,6 +221,8 @@ def expected(workflow: str, arguments: Arguments) -> Expected | None:
             return Expected("cancelled")
         case "counter", (total, left):
             result = total + sum(range(left + 1))
+        case "changing", (total,):
+            result = total + 111
         case _:
             return None
     return Expected("completed", result)
@@ -153,6 +237,16 @@ def expected_of_job(job: Job) -> dict[str, Expected]:
             found = Expected("completed", [sending.data for sending in job.sendings])
         elif start.workflow == "late":
             found = Expected("completed", job.sendings[0].data)
+        elif start.workflow in ("broken", "guardian"):
+            found = _of_broken(start.arguments, max((retrying.level for retrying in job.retryings), default=0))
+            known.update({forking.fork_id: found for forking in job.forkings})
         if found is not None:
             known[start.instance_id] = found
     return known
+
+
+def _of_broken(arguments: Arguments, mended: int) -> Expected:
+    total, steps, levels, key = arguments
+    if mended < levels:
+        return Expected("failed", reason=f"{key} is broken at level {mended + 1}")
+    return Expected("completed", total + sum(range(steps)) + sum(range(1, levels + 1)) + 1)

@@ -14,6 +14,8 @@ from torture.evidence import Evidence
 console = Console(soft_wrap=True)
 
 MOST_VIOLATIONS = 20
+STEPS_IN = {"cancel": "cancels", "rest": "suspends and resumes", "retry": "retries", "fork": "forks"}
+"""What the client has noted as acknowledged, and how it is called here."""
 MOST_HISTORIES = 5
 
 
@@ -56,6 +58,10 @@ def tell(run: Run) -> None:
     table.add_row("activities and compensations recorded", str(activities))
     table.add_row("events of history", str(len(run.evidence.history)))
     table.add_row("attempts run", str(len(run.evidence.lines)))
+    taken = Counter(record["what"] for record in run.evidence.acknowledged)
+    for what, title in STEPS_IN.items():
+        table.add_row(title, str(taken[what]))
+    table.add_row("instances parked and resumed, for code that differs", str(run.evidence.parked))
     for kind, count in sorted(run.faults.items()):
         table.add_row(f"faults: {kind}", str(count))
     table.add_row("time to finish after the faults", f"{run.finish_s:.1f} s")

@@ -510,7 +510,7 @@ class App:
     async def get_instance(self, instance_id: str) -> Instance | None:
         """One instance as the database holds it now, or ``None``."""
         self._check_running()
-        return await self._queries.get_instance(instance_id)
+        return await asyncio.wrap_future(self._store.get_instance(instance_id))
 
     async def list_instances(
         self,
@@ -619,8 +619,8 @@ class App:
             InstanceNotFoundError: there is no such instance.
         """
         self._check_running()
-        events = await self._queries.get_history(instance_id, run)
-        if not events and await self._queries.get_instance(instance_id) is None:
+        events = await asyncio.wrap_future(self._store.get_history(instance_id, run))
+        if not events and await self.get_instance(instance_id) is None:
             raise not_found(instance_id)
         return events
 
@@ -726,6 +726,8 @@ class App:
     async def resume(self, instance_id: str) -> None:
         """Let a suspended instance go on, from its history, with the code as it is now.
 
+        One is enough, however often the instance was asked to rest before.
+
         Raises:
             InstanceNotFoundError: there is no such instance.
             InstanceStateError: it is not suspended.
@@ -733,7 +735,7 @@ class App:
         self._check_running()
         _check_no_open_transaction("resume an instance")
         if not await asyncio.wrap_future(self._store.resume(instance_id, self._clock.now_us())):
-            instance = await self._queries.get_instance(instance_id)
+            instance = await self.get_instance(instance_id)
             if instance is None:
                 raise not_found(instance_id)
             raise InstanceStateError(f"instance {instance_id!r} is {instance.status}, not suspended: nothing to resume")
@@ -759,8 +761,10 @@ class App:
         """
         self._check_running()
         _check_no_open_transaction("retry an instance")
-        await asyncio.wrap_future(self._store.retry(checked_id(instance_id), self._clock.now_us()))
-        self._outcomes.forget(instance_id)
+        try:
+            await asyncio.wrap_future(self._store.retry(checked_id(instance_id), self._clock.now_us()))
+        finally:
+            self._outcomes.forget(instance_id)  # also where the answer was lost: it may go on
         self._hint_worker()
         return await self.get_handle(instance_id)
 
@@ -821,7 +825,9 @@ class App:
         return not instance.status.is_terminal
 
     async def suspend(self, instance_id: str) -> None:
-        """Set an instance aside until :meth:`resume`; what it waits for is kept for it.
+        """Set an instance aside until :meth:`resume`, or :meth:`cancel`; what it waits for is kept for it.
+
+        The request is durable when this returns; the worker that has the instance sees to it.
 
         Raises:
             InstanceNotFoundError: there is no such instance.
@@ -834,7 +840,7 @@ class App:
     async def _ask(self, instance_id: str, what: str, details: dict[str, Any]) -> Instance:
         self._check_running()
         _check_no_open_transaction(f"{what} an instance")
-        instance = await self._queries.get_instance(instance_id)
+        instance = await self.get_instance(instance_id)
         if instance is None:
             raise not_found(instance_id)
         if not instance.status.is_terminal:
@@ -882,7 +888,7 @@ class App:
             if not ids or self._process_id is None:
                 continue
             try:
-                states = await self._queries.get_outcomes(ids)
+                states = await asyncio.wrap_future(self._store.get_outcomes(ids))
             except DatabaseError as error:
                 logger.warning("results can't be read now: %s", error)
             else:

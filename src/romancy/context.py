@@ -10,13 +10,21 @@ from contextvars import ContextVar
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
+from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from romancy.definitions import Activity, Workflow
 from romancy.envelopes import EventHead, checked_name, decode_data, encode_data, message_body, read_event, read_message
-from romancy.errors import ChildWorkflowError, ConfigurationError, DefinitionError, NotInActivityError, SessionError
+from romancy.errors import (
+    ActivityTimeoutError,
+    ChildWorkflowError,
+    ConfigurationError,
+    DefinitionError,
+    NotInActivityError,
+    SessionError,
+)
 from romancy.failures import decode_error, decode_info
 from romancy.model import Event, HistoryKind, Message, Status, from_micros, to_micros
 from romancy.retry import Seconds, as_seconds
@@ -485,7 +493,7 @@ class ActivityContext:
         "_engines",
         "_is_async",
         "_outgoing",
-        "_sender",
+        "_sender_ref",
         "_transaction",
         "activity_id",
         "attempt",
@@ -512,9 +520,17 @@ class ActivityContext:
         self.attempt = attempt
         self._engines = engines
         self._is_async = is_async
-        self._sender = sender
+        # Else each attempt would form a cycle, and wait for the garbage collector.
+        self._sender_ref = ref(sender)
         self._outgoing: list[Mail] | None = None
         self._transaction: ActivityTransaction | None = None
+
+    @property
+    def _sender(self) -> ActivitySender:
+        sender = self._sender_ref()
+        if sender is None:
+            raise ActivityTimeoutError(f"this attempt of activity {self.activity_id} is over")
+        return sender
 
     @property
     def idempotency_key(self) -> str:

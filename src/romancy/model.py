@@ -43,6 +43,7 @@ class HistoryKind(StrEnum):
     ACTIVITY_FAILED = "ActivityFailed"
     ACTIVITY_RETRY_SCHEDULED = "ActivityRetryScheduled"
     ACTIVITY_HEARTBEAT = "ActivityHeartbeat"
+    ACTIVITY_ATTEMPT_LOST = "ActivityAttemptLost"
     TIMER_EXPIRED = "TimerExpired"
     EVENT_RECEIVED = "EventReceived"
     EVENT_TIMEOUT = "EventTimeout"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from romancy import (
     App,
     ChildWorkflowError,
+    DatabaseUnavailableError,
     InstanceConflictError,
     InstanceNotFoundError,
     InstanceStateError,
@@ -345,6 +347,9 @@ async def test_fork_goes_its_own_way_from_there(database: Database) -> None:
         # A fork of a fork has the same chances, too.
         third = await (await app.fork("other", from_activity="do:4", id="third")).result(RESULT_TIMEOUT_S)
         assert third == [*source[:3], "third done"]
+        assert (await app.fork("other", from_activity="do:4", id="third")).instance_id == "third"
+        with pytest.raises(InstanceConflictError, match="'third'"):
+            await app.fork("it", from_activity="do:3", id="third")
 
 
 async def test_fork_passes_inputs_that_name_the_instance(database: Database) -> None:
@@ -427,3 +432,36 @@ async def test_what_can_not_be_forked_says_why(database: Database) -> None:
         with pytest.raises(InstanceStateError, match="recorded nothing of 'ship:1'; it has: do:1"):
             await app.fork("it", from_activity="ship:1")
         assert rows(database, "SELECT count(*) FROM romancy_instances") == [(1,)]
+
+
+async def test_retry_whose_answer_was_lost_is_not_hidden_by_the_outcome_before_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop()
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> str:
+        return await shop.do("charge")
+
+    shop.failing = {"charge"}
+    async with App(database) as app, App(database, worker=False) as client:
+        old_handle = await client.start_workflow(flow, id="it")
+        with pytest.raises(WorkflowFailedError):
+            await old_handle.result(RESULT_TIMEOUT_S)
+        shop.failing = set()
+        retry = client._store.retry
+
+        def commit_and_lose(instance_id: str, now: int) -> Future[None]:
+            retry(instance_id, now).result()
+            lost: Future[None] = Future()
+            lost.set_exception(DatabaseUnavailableError("the answer was lost"))
+            return lost
+
+        monkeypatch.setattr(client._store, "retry", commit_and_lose)
+        with pytest.raises(DatabaseUnavailableError):
+            await client.retry("it")
+        # It is not failed any more, but the old handle, which is still held, keeps what it has told.
+        assert await (await client.get_handle("it")).result(RESULT_TIMEOUT_S) == "charge done"
+        with pytest.raises(WorkflowFailedError):
+            await old_handle.result(RESULT_TIMEOUT_S)
+        assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "charge done"

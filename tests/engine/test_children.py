@@ -225,7 +225,7 @@ async def crashed_or_ended(app: App, plan: CrashPlan, instance_id: str) -> bool:
             instance = await app.get_instance(instance_id)
             if instance is not None and instance.status.is_terminal:
                 break
-            await asyncio.sleep(0.005)
+            await plan.happens_soon()
     return plan.happened.is_set()
 
 
@@ -399,3 +399,34 @@ async def test_runs_do_not_pile_up_before_the_commits(database: Database, monkey
     async with app:
         assert await (await app.start_workflow(spin, 500)).result(RESULT_TIMEOUT_S) == 501
     assert max(waiting) <= 20
+
+
+async def test_patch_that_is_met_last_goes_with_the_end_of_the_run(database: Database) -> None:
+    """What gives the instance away, its end or a rest, shares a commit with the note of the patch."""
+
+    @workflow
+    async def flow(ctx: WorkflowContext, left_over: int) -> bool:
+        is_new = ctx.patched("better")
+        if left_over:
+            await ctx.recur(left_over - 1)
+        return is_new
+
+    async with App(database) as app:
+        for left_over in range(3):
+            handle = await app.start_workflow(flow, left_over, id=f"it{left_over}")
+            assert await handle.result(RESULT_TIMEOUT_S) is True
+    assert set(rows(database, "SELECT status, owner, patches FROM romancy_instances")) == {
+        ("completed", None, '["better"]')
+    }
+
+
+async def test_run_that_follows_another_at_once_shows_what_it_waits_for(database: Database) -> None:
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        if ctx.run < 3:
+            await ctx.recur()
+        await ctx.wait_event("go", key="k")
+
+    async with App(database) as app:
+        await app.start_workflow(flow, id="it")
+        await wait_for_status(app, "it", Status.WAITING_FOR_EVENT)

@@ -263,7 +263,8 @@ def equal_to_the_uninterrupted(program: Program, crashes: Crashes, fresh: Fresh)
 
 @contextmanager
 def fresh_file() -> Iterator[Database]:
-    with TemporaryDirectory() as folder:
+    # Where pytest keeps its own: in memory, if it can; see tests/conftest.py.
+    with TemporaryDirectory(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as folder:
         yield Path(folder) / "romancy.db"
 
 

@@ -22,8 +22,10 @@ from romancy import (
     activity,
     workflow,
 )
+from romancy.storage.mail import CANCEL
+from romancy.storage.posting import request_mail
 from romancy.testing import isolated_catalogue
-from tests.databases import Database
+from tests.databases import Database, rows
 from tests.support import RESULT_TIMEOUT_S, CrashPlan, crash, wait_for_status
 
 
@@ -122,7 +124,7 @@ async def run_and_crash(database: Database, plan: CrashPlan, instance_id: str) -
         starting = asyncio.create_task(app.start_workflow(trip.workflow, "Rome", id=instance_id))
         async with asyncio.timeout(RESULT_TIMEOUT_S):
             while not plan.happened.is_set() and not await has_ended(app, instance_id):
-                await asyncio.sleep(0.005)
+                await plan.happens_soon()
         was_crashed = plan.happened.is_set()
         if was_crashed:
             starting.cancel()
@@ -356,3 +358,72 @@ def test_compensation_that_can_not_get_its_arguments_is_refused() -> None:
 
         @activity(compensate=print)  # type: ignore[arg-type]
         async def do_too() -> None: ...
+
+
+async def test_instance_that_was_suspended_twice_goes_on_after_one_resume(database: Database) -> None:
+    @workflow
+    async def flow(ctx: WorkflowContext) -> Any:
+        return (await ctx.wait_event("go", key="k")).data
+
+    async with App(database) as app:
+        handle = await app.start_workflow(flow)
+        await app.suspend(handle.instance_id)
+        await wait_for_status(app, handle.instance_id, Status.SUSPENDED)
+        await app.suspend(handle.instance_id)
+        await app.resume(handle.instance_id)
+        await wait_for_status(app, handle.instance_id, Status.WAITING_FOR_EVENT)
+        await app.send_event("go", "on", key="k")
+        assert await handle.result(RESULT_TIMEOUT_S) == "on"
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+async def test_end_that_is_asked_for_while_a_rest_is_on_its_way_comes(database: Database, is_alone: bool) -> None:
+    """Who asks for the end sees the instance running, yet it is set aside before it hears of that."""
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await ctx.wait_event("go", key="k")
+
+    async with App(database, worker=False) as client:
+        await client.start_workflow(flow, id="it")
+        await client.suspend("it")
+        if is_alone:
+            async with App(database) as app:
+                await wait_for_status(app, "it", Status.SUSPENDED)
+        # As App.cancel does once it has seen that the instance runs.
+        await client._writer.post(request_mail("late", "it", CANCEL, "{}"))
+        async with App(database) as app:
+            await wait_for_status(app, "it", Status.CANCELLED)
+    assert rows(database, "SELECT count(*) FROM romancy_deliveries") == [(0,)]
+
+
+@pytest.mark.parametrize("is_end_first", [True, False])
+async def test_rest_and_end_that_come_together_count_in_their_order(database: Database, is_end_first: bool) -> None:
+    """A rest that was asked for after the end keeps the undoing; one that was asked for before it does not."""
+    diary: list[str] = []
+
+    @activity
+    async def undo() -> None:
+        diary.append("undone")
+
+    @activity(compensate=undo)
+    async def do() -> None: ...
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await do()
+        await ctx.wait_event("go", key="k")
+
+    async with App(database) as app:
+        await app.start_workflow(flow, id="it")
+        await wait_for_status(app, "it", Status.WAITING_FOR_EVENT)
+    async with App(database, worker=False) as client:
+        for ask in (client.cancel, client.suspend) if is_end_first else (client.suspend, client.cancel):
+            await ask("it")
+    async with App(database) as app:
+        if is_end_first:
+            await wait_for_status(app, "it", Status.SUSPENDED)
+            assert diary == []
+            await app.resume("it")
+        await wait_for_status(app, "it", Status.CANCELLED)
+    assert diary == ["undone"]

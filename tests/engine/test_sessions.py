@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from romancy import (
     App,
@@ -132,6 +134,55 @@ async def test_users_commit_and_rollback_touch_a_savepoint_only(ledger: Database
 
     await run(ledger, book)
     assert tokens(ledger) == ["kept 2", "also kept 2"]
+
+
+async def test_rollback_before_the_first_commit_drops_what_came_before(ledger: Database) -> None:
+    @activity(retry=RetryPolicy.no_retry())
+    async def book() -> None:
+        session = current_activity().session
+        await session.execute(INSERT, {"token": "dropped"})
+        await session.rollback()
+        await session.execute(INSERT, {"token": "kept"})
+        await session.commit()
+        await session.execute(INSERT, {"token": "dropped, too"})
+        await session.rollback()
+
+    await run(ledger, book)
+    assert tokens(ledger) == ["kept"]
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_failed_statement_that_nobody_minds_fails_the_attempt_where_it_fails_the_transaction(
+    ledger: Database, commits: bool
+) -> None:
+    @activity(retry=RetryPolicy.no_retry())
+    async def book() -> None:
+        session = current_activity().session
+        await session.execute(INSERT, {"token": "before"})
+        with contextlib.suppress(DBAPIError):
+            await session.execute(text("SELECT nothing FROM nowhere"))
+        if commits:
+            await session.commit()
+
+    if str(ledger).startswith("postgresql"):
+        with pytest.raises(WorkflowFailedError, match=r"InternalError.*current transaction is aborted"):
+            await run(ledger, book)
+        assert tokens(ledger) == []
+    else:
+        await run(ledger, book)
+        assert tokens(ledger) == ["before"]
+
+
+async def test_statement_that_ends_the_transaction_fails_the_attempt(ledger: Database) -> None:
+    @activity(retry=RetryPolicy.no_retry())
+    async def book() -> None:
+        session = current_activity().session
+        await session.execute(INSERT, {"token": "before"})
+        await session.execute(text("ROLLBACK"))
+
+    with pytest.raises(WorkflowFailedError):
+        await run(ledger, book)
+    assert tokens(ledger) == []
 
 
 async def test_flush_error_at_the_end_is_the_activitys_failure(ledger: Database) -> None:

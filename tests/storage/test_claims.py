@@ -130,3 +130,20 @@ def test_what_a_dead_worker_owned_is_taken_once(stores: list[Store], any_databas
     assert (taken.instance_id, taken.claims) == ("it", 1)
     assert stores[1].claim_from("me-0", "me-1", NOW_US, 10).result() == []
     assert rows(any_database, "SELECT count(*) FROM romancy_workers WHERE worker_id = 'me-0'") == [(0,)]
+
+
+def test_what_was_set_aside_after_the_look_is_not_claimed_for_its_mail(
+    stores: list[Store], any_database: Database
+) -> None:
+    """Between the look for mail and the claim another worker has had it, and was asked to set it aside."""
+    for instance_id, error in (("aside", None), ("ending", None), ("parked", "{}")):
+        flush(stores[0], "me-0", starts=[pending(instance_id, "me-0")])
+        flush(stores[0], "me-0", state=StateRow(instance_id, "suspended", None, None, NOW_US, None, None, error))
+    for instance_id, name in (("aside", "e"), ("ending", "cancel"), ("parked", "cancel")):
+        kind = "event" if name == "e" else "request"
+        run = int(kind == "event")
+        sql = "INSERT INTO romancy_deliveries VALUES (?, ?, ?, ?, ?, ?, ?, '', '{}', 9)"
+        execute(any_database, sql, instance_id, run, name, instance_id, instance_id, kind, name)
+    assert stores[1].find_news("me-1").result() == ([], ["ending"])
+    claimed = stores[1].claim_addressed("me-1", NOW_US, ["aside", "ending", "parked"]).result()
+    assert [(row.instance_id, row.status) for row in claimed] == [("ending", "running")]

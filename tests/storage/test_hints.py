@@ -198,9 +198,9 @@ async def test_idle_worker_is_quiet(database: str, hears: bool, monkeypatch: pyt
         said[sql] += 1
         return execute(self, sql, *arguments)
 
-    def counted_together(self: PostgresqlLink, statements: str) -> None:
-        said.update(statements.split(";"))
-        execute_together(self, statements)
+    def counted_together(self: PostgresqlLink, *statements: str) -> Any:
+        said.update(statements)
+        return execute_together(self, *statements)
 
     with pgbouncer(database) as pooled:
         async with App(database if hears else pooled, lease_ttl=LEASE_TTL_S) as app:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import psycopg
@@ -98,6 +98,13 @@ async def test_everything_works_through_a_pooler(
 async def test_nothing_of_a_session_is_left_behind_in_the_pool(pooled: str, postgresql_url: str) -> None:
     create_ledger(postgresql_url)
     flow = define()
+    with ExitStack() as stack:
+        # All in a transaction at once, so that the pool is full from the start.
+        connections = [stack.enter_context(closing(psycopg.connect(pooled))) for _ in range(POOL_SIZE)]
+        for connection in connections:
+            connection.execute("SELECT 1", prepare=False)
+        for connection in connections:
+            connection.rollback()
     async with App(pooled, max_activities=4) as app:
         for n in range(20):
             handle = await app.start_workflow(flow, id=f"number-{n}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ from romancy.storage import mysql as mysql_module
 from romancy.storage import server as server_module
 from romancy.storage import store as store_module
 from romancy.storage import stores
-from tests.databases import Database, clean, kind_of, rows
+from tests.databases import Database, clean, kind_of, rows, server_database
 from tests.ledger import INSERT, create_ledger
 from tests.proxy import When
 from tests.storage.test_lost_connections import behind_proxy, check
@@ -39,6 +39,7 @@ from tests.support import RESULT_TIMEOUT_S
 LEASE_TTL_S = 1.0
 PATIENCE_S = 1.0
 REQUESTS = range(1, 24, 2)
+LANES = 4
 SLEEP = {"postgresql": "SELECT pg_sleep(:s)", "mysql": "SELECT SLEEP(:s)"}
 
 
@@ -58,6 +59,7 @@ def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "LONGEST_CLOSE_S", 1.0)
     monkeypatch.setattr(server_module, "LONGEST_READ_S", 1.0)
     monkeypatch.setattr(mysql_module, "LONGEST_PAUSE_S", 5.0)
+    monkeypatch.setattr(mysql_module, "MOST_IDLE_S", 2.0)
 
 
 def define() -> Workflow[..., Any]:
@@ -82,6 +84,7 @@ def define() -> Workflow[..., Any]:
     async def flow(ctx: WorkflowContext) -> list[str]:
         found = [await plain("a"), await book("b")]
         found += await asyncio.gather(book("c"), book_in_thread("d"), plain("e"))
+        found += [await book("f"), await book("g"), await book("h"), await book("i")]
         return found
 
     return flow
@@ -99,20 +102,28 @@ async def start_until_it_works(app: App, flow: Workflow[..., Any], instance_id: 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_connection_that_stalls_at_any_request(server: str, when: When) -> None:
-    create_ledger(server)
+@pytest.mark.parametrize("kind", sorted(SLEEP))
+async def test_connection_that_stalls_at_any_request(kind: str, when: When) -> None:
+    """Most of it is waiting; so some wait at the same time, each with a database and an app of its own."""
     flow = define()
-    with behind_proxy(server) as (proxy, url):
-        async with App(url, lease_ttl=LEASE_TTL_S, shutdown_grace=0) as app:
-            for request in REQUESTS:
-                instance_id = f"{when}-{request:02}"
-                proxy.stall_at(request, when)
-                handle = await start_until_it_works(app, flow, instance_id)
-                assert await handle.result(RESULT_TIMEOUT_S) == ["a", "b", "c", "d", "e"]
-                check(server, instance_id)
-            proxy.spare()
-            assert proxy.stalls >= len(REQUESTS) - 4
-        assert rows(server, "SELECT count(*) FROM romancy_instances WHERE status <> 'completed'") == [(0,)]
+
+    async def stall_at(requests: Sequence[int]) -> int:
+        with server_database(kind) as server:
+            create_ledger(server)
+            with behind_proxy(server) as (proxy, url):
+                async with App(url, lease_ttl=LEASE_TTL_S, shutdown_grace=0) as app:
+                    for request in requests:
+                        instance_id = f"{when}-{request:02}"
+                        proxy.stall_at(request, when)
+                        handle = await start_until_it_works(app, flow, instance_id)
+                        assert await handle.result(RESULT_TIMEOUT_S) == list("abcdefghi")
+                        check(server, instance_id)
+                    proxy.spare()
+                assert rows(server, "SELECT count(*) FROM romancy_instances WHERE status <> 'completed'") == [(0,)]
+        return proxy.stalls
+
+    stalls = await asyncio.gather(*[stall_at(REQUESTS[lane::LANES]) for lane in range(LANES)])
+    assert sum(stalls) >= len(REQUESTS) - 4
 
 
 async def test_another_worker_takes_over_from_one_that_hears_nothing(server: str) -> None:

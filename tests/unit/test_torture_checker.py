@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,166 @@ def test_planted_violation_is_seen(evidence: Evidence, rule: str) -> None:
     assert rule in rules(evidence)
 
 
+BROKEN = job("broken", suits=lambda found: not found.forkings and any(r.level for r in found.retryings))
+(BROKEN_START,) = BROKEN.starts
+BROKE = BROKEN_START.instance_id
+BROKEN_END = expected_of_job(BROKEN)[BROKE]
+RETRY = {"what": "retry", "id": BROKE}
+
+
+def row(seq: int, kind: str, operation_id: str | None = None, **fields: Any) -> EventRow:
+    name = None if operation_id is None else operation_id.partition(":")[0]
+    return replace(EventRow(BROKE, 1, seq, kind, operation_id, name, int(name is not None), "{}"), **fields)
+
+
+AGAIN = (
+    row(1, "ActivityCompleted", "add:1", result="1"),
+    row(2, "ActivityRetryScheduled", "strain:1", result="5", error="{}"),
+    row(3, "Superseded", "strain:1", attempt=2, error="{}"),
+    row(4, "Superseded", "complain:1", result="null"),
+    row(5, "Superseded", error="{}"),
+    row(6, "WorkflowRetried"),
+    row(7, "ActivityCompleted", "strain:1", result="0"),
+    row(8, "ActivityCompleted", "add:2", result="2"),
+)
+"""An instance that has failed after a step, complained, and was retried."""
+RAN = Counter({"add:1": 1, "strain:1": 3, "complain:1": 1, "add:2": 1})
+BOOKED = Counter({"add:1": 1, "strain:1": 1, "complain:1": 1, "add:2": 1})
+
+
+def retried(
+    *events: EventRow, ran: Counter[str] = RAN, booked: Counter[str] = BOOKED, more: Any = (RETRY,), **end: Any
+) -> Evidence:
+    """Evidence of that instance: its history, the runs of its activities, and what they have booked."""
+    wanted = BROKEN_END
+    error = json.dumps({"message": wanted.reason}) if wanted.status == "failed" else None
+    instance = replace(ended(BROKE, "broken", wanted.result, wanted.status), error=error)
+    return Evidence(
+        [replace(instance, **end)],
+        list(events),
+        ledger=[f"{BROKE}/1/{call}" for call in booked.elements()],
+        lines=[f"{BROKE}/1/{call}" for call in ran.elements()],
+        acknowledged=[*more, {"what": "done", "job": BROKEN.number}],
+    )
+
+
+def without(number: int) -> tuple[EventRow, ...]:
+    return AGAIN[:number] + AGAIN[number + 1 :]
+
+
+def with_row(number: int, **fields: Any) -> tuple[EventRow, ...]:
+    return (*AGAIN[:number], replace(AGAIN[number], **fields), *AGAIN[number + 1 :])
+
+
+def test_retried_instance_without_faults_has_no_violations() -> None:
+    assert rules(retried(*AGAIN)) == set()
+    complaint_again = Counter({"complain:1": 1})
+    twice = (*AGAIN[:6], row(7, "Superseded", "complain:1", result="null"), row(8, "WorkflowRetried"))
+    ran = Counter({"add:1": 1, "strain:1": 2, "complain:1": 2})
+    booked = Counter({"add:1": 1, "complain:1": 1}) + complaint_again
+    assert rules(retried(*twice, ran=ran, booked=booked)) == set()
+
+
+@pytest.mark.parametrize(
+    ("evidence", "rule"),
+    [
+        pytest.param(retried(*AGAIN, booked=BOOKED + Counter({"add:1": 1})), "effect", id="step done again"),
+        pytest.param(retried(*AGAIN, booked=BOOKED + Counter({"strain:1": 1})), "effect", id="failed effect kept"),
+        pytest.param(retried(*AGAIN, booked=BOOKED - Counter({"complain:1": 1})), "effect", id="effect taken back"),
+        pytest.param(retried(*AGAIN, ran=RAN - Counter({"strain:1": 2})), "effect", id="outcome without an attempt"),
+        pytest.param(retried(*with_row(6, attempt=3)), "attempts", id="attempts go on over the retry"),
+        pytest.param(
+            retried(*with_row(0, kind="Superseded"), row(9, "ActivityCompleted", "add:1", result="1"),
+                    ran=RAN + Counter({"add:1": 1}), booked=BOOKED + Counter({"add:1": 1})),
+            "retry", id="step taken back",
+        ),
+        pytest.param(retried(*without(5)), "retry", id="retry lost"),
+        pytest.param(retried(*AGAIN, more=(RETRY, RETRY)), "retry", id="second retry lost"),
+        pytest.param(
+            retried(*AGAIN, row(9, "CompensationExecuted", "give_back:1", input='{"number": 1}'),
+                    ran=RAN + Counter({"give_back:1": 1}), booked=BOOKED + Counter({"give_back:1": 1})),
+            "retry", id="compensated and retried",
+        ),
+        pytest.param(retried(*AGAIN, status="cancelled"), "result", id="ended otherwise"),
+        pytest.param(
+            replace(GOOD, acknowledged=[*TOLD, {"what": "rest", "id": NAME, "before": ["suspended", 3],
+                                               "after": ["suspended", 4]}]),
+            "rest", id="recorded while suspended",
+        ),
+        pytest.param(
+            replace(GOOD, acknowledged=[*TOLD, {"what": "rest", "id": NAME, "before": ["suspended", 3],
+                                               "after": ["running", 3]}]),
+            "rest", id="woken while suspended",
+        ),
+    ],
+)  # fmt: skip
+def test_planted_violation_of_a_rest_or_a_retry_is_seen(evidence: Evidence, rule: str) -> None:
+    assert rule in rules(evidence)
+
+
+def test_failure_for_another_reason_is_seen() -> None:
+    hopeless = job("broken", suits=lambda found: expected_of_job(found)[found.starts[0].instance_id].status == "failed")
+    name = hopeless.starts[0].instance_id
+    rows = [
+        replace(ended(start, "broken", None, "failed"), error=json.dumps(wanted.reason))
+        for start, wanted in expected_of_job(hopeless).items()
+    ]
+    told = [{"what": "done", "job": hopeless.number}]
+    assert rules(Evidence(rows, acknowledged=told)) == set()
+    others = [replace(found, error='"another"') if found.instance_id == name else found for found in rows]
+    assert rules(Evidence(others, acknowledged=told)) == {"result"}
+
+
+FORK = "line-x fork"
+ORIGIN = json.dumps({"from": "line-x", "run": 1, "activity": "add:2"})
+SOURCE = (done("line-x", 1, "add", operation_id="add:1"), done("line-x", 2, "add", operation_id="add:2"))
+FORKED = (
+    replace(SOURCE[0], instance_id=FORK),
+    EventRow(FORK, 1, 2, "WorkflowForked", None, None, 0, ORIGIN),
+    replace(SOURCE[1], instance_id=FORK, seq=3),
+)
+FORKING = {"what": "fork", "id": FORK, "source": "line-x", "activity": "add:2"}
+
+
+def forked(*events: EventRow, result: int = 5, **more: Any) -> Evidence:
+    tokens = [*(event.token for event in SOURCE), f"{FORK}/1/add:2"]
+    found = Evidence(
+        [ended("line-x", "line", 5), ended(FORK, "line", result)],
+        [*events, *SOURCE],
+        ledger=tokens,
+        lines=tokens,
+        acknowledged=[FORKING],
+    )
+    return replace(found, **more)
+
+
+def test_fork_that_is_not_what_it_should_be_is_seen() -> None:
+    good = forked(*FORKED)
+    assert rules(good) == set()
+    assert rules(replace(good, instances=good.instances[:1], history=list(SOURCE))) >= {"fork"}
+    assert rules(forked(replace(FORKED[0], result="9"), *FORKED[1:])) == {"fork"}
+    assert rules(forked(*FORKED[1:])) == {"fork"}
+    assert rules(forked(*FORKED, result=6)) == {"fork"}
+    # What lies before the call was not done again; what comes after it was, once.
+    assert rules(replace(good, ledger=[*good.ledger, f"{FORK}/1/add:1"])) == {"effect"}
+    assert rules(replace(good, ledger=good.ledger[:-1])) == {"effect"}
+    assert rules(replace(good, ledger=[*good.ledger, good.ledger[-1]])) == {"effect"}
+
+
+def test_patch_that_has_changed_its_answer_is_seen() -> None:
+    def went(*names: str, patches: str | None) -> set[str]:
+        events = [done("changing-x", seq, name) for seq, name in enumerate(names, 1)]
+        found = whole("changing-x", "changing", 5, *events)
+        return rules(replace(found, ledger=[e.token for e in events if e.name != "add_unbooked"],
+                             instances=[replace(found.instances[0], patches=patches)]))  # fmt: skip
+
+    assert went("add", "add_in_thread", "add_in_thread", patches='["in thread"]') == set()
+    assert went("add", "add_unbooked", "add_unbooked", patches=None) == set()
+    assert went("add", "add_in_thread", "add_unbooked", patches='["in thread"]') == {"patch"}
+    assert went("add", "add_unbooked", "add_in_thread", patches='["in thread"]') == {"patch"}
+    assert went("add", "add_in_thread", "add_in_thread", patches=None) == {"patch"}
+
+
 def test_messages_that_no_consumer_got_or_two_got_are_seen() -> None:
     market = job("market", suits=lambda found: sum(s.workflow == "consumer" for s in found.starts) > 1)
     consumers = [start for start in market.starts if start.workflow == "consumer"]
@@ -196,8 +357,8 @@ def test_each_kind_of_job_comes_up_and_is_the_same_for_the_same_seed() -> None:
     for kind in KINDS:
         found = job(kind)
         assert found == job_of(SEED, found.number)
-        is_all_known = len(expected_of_job(found)) == len(found.starts)
-        assert is_all_known or kind == "market"
+        is_all_known = len(expected_of_job(found)) == len(found.starts) + (kind == "broken") * len(found.forkings)
+        assert is_all_known or kind in ("market", "line", "rest")
 
 
 def test_complaints_in_logs_are_found_but_for_what_others_say(tmp_path: Path) -> None:
@@ -210,6 +371,11 @@ def test_complaints_in_logs_are_found_but_for_what_others_say(tmp_path: Path) ->
         "task: <Task pending coro=<AsyncAdapt_aiosqlite_connection._terminate_graceful_close()>>\n"
         "2026-01-01 00:00:03 1 ERROR asyncio Task was destroyed but it is pending!\n"
         "task: <Task pending coro=<Worker._look_for_work()>>\n"
+        "2026-01-01 00:00:04 1 ERROR romancy.engine instance changing-1 of workflow changing is suspended: instance "
+        "changing-1: the history expects A, the code has B. Restore code\n"
+        "2026-01-01 00:00:05 1 ERROR romancy.engine instance fan-1 of workflow fan is suspended: instance "
+        "fan-1: the history expects A, the code has B. Restore code\n"
+        "2026-01-01 00:00:06 1 ERROR romancy.engine instance changing-1 of workflow changing is suspended: poison\n"
     )
-    assert [entry[18:19] for entry in complaints_in(log)] == ["1", "3"]
+    assert [entry[18:19] for entry in complaints_in(log)] == ["1", "3", "5", "6"]
     assert complaints_in(tmp_path / "none.log") == []

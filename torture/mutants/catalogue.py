@@ -5,6 +5,7 @@ from __future__ import annotations
 from torture.mutants.gate import Mutant
 
 WORKERS = "tests/engine/test_workers.py"
+AGAIN = "tests/engine/test_again.py"
 ODD = "tests/engine/test_odd_moments.py"
 CHILDREN = "tests/engine/test_children.py"
 CHANNELS = "tests/engine/test_channels.py"
@@ -275,5 +276,116 @@ MUTANTS = (
         "claimed = self._take(link, found, me, now, counted=0)",
         (f"{WORKERS}::test_instance_that_kills_its_workers_is_parked[sqlite]",),
     ),
+    Mutant(
+        "a patch that is met last is refused with the end of its run",
+        "storage/store.py",
+        """owner = worker_id if party.state is None else party.state.owner""",
+        """owner = worker_id""",
+        (f"{CHILDREN}::test_patch_that_is_met_last_goes_with_the_end_of_the_run[sqlite]",),
+    ),
+    Mutant(
+        "the state of a run is written before the run begins",
+        "storage/store.py",
+        """        if party.state is not None and party.state.instance_id in begun:""",
+        """        if False:""",
+        (f"{CHILDREN}::test_run_that_follows_another_at_once_shows_what_it_waits_for[sqlite]",),
+    ),
+    Mutant(
+        "patches are forgotten by the next worker",
+        "engine/run.py",
+        """{} if row.patches is None else dict.fromkeys(load_json(row.patches), True)""",
+        """{}""",
+        (f"{CHILDREN}::test_patched_code_runs_where_the_run_has_not_gone_past[sqlite]",),
+    ),
+    Mutant(
+        "a suspended instance goes on",
+        "engine/instance.py",
+        """            self._leave_as(Status.SUSPENDED, None)
+        elif""",
+        """            self._record_status(Status.SUSPENDED.value)
+        elif""",
+        (f"{SAGAS}::test_suspended_instance_rests_until_it_is_resumed[sqlite]",),
+    ),
+    Mutant(
+        "an end that was asked for does not wake what was set aside",
+        "storage/mail_desk.py",
+        """(d.kind = ? AND d.name = ? AND i.error IS NULL)""",
+        """(d.kind = ? AND d.name = ? AND i.error IS NULL AND 0 = 1)""",
+        (f"{SAGAS}::test_end_that_is_asked_for_while_a_rest_is_on_its_way_comes[sqlite-True]",),
+    ),
+    Mutant(
+        "mail wakes what was set aside after the look for it",
+        "storage/statements.py",
+        """instances.c.instance_id.in_(ids), known, may_wake)""",
+        """instances.c.instance_id.in_(ids), known)""",
+        (f"{CLAIMS}::test_what_was_set_aside_after_the_look_is_not_claimed_for_its_mail[sqlite]",),
+    ),
+    Mutant(
+        "a second request to rest outlives the resume",
+        "storage/store.py",
+        """                if is_resumed:
+                    MailDesk(""",
+        """                if False:
+                    MailDesk(""",
+        (f"{SAGAS}::test_instance_that_was_suspended_twice_goes_on_after_one_resume[sqlite]",),
+    ),
+    Mutant(
+        "a retry takes back what was done before anything failed",
+        "storage/again.py",
+        """        gone = [*failures, """,
+        """        gone = [*events[:1], *failures, """,
+        (f"{AGAIN}::test_retry_goes_on_from_the_failed_activity[sqlite]",),
+    ),
+    Mutant(
+        "a fork does the step before its activity again",
+        "storage/again.py",
+        """        prefix = events[:cut]""",
+        """        prefix = events[: max(cut - 1, 0)]""",
+        (f"{AGAIN}::test_fork_goes_its_own_way_from_there[sqlite]",),
+    ),
+    Mutant(
+        "a fork of a fork is not known again",
+        "storage/again.py",
+        """ORDER BY h.seq DESC",""",
+        """ORDER BY h.seq",""",
+        (f"{AGAIN}::test_fork_goes_its_own_way_from_there[sqlite]",),
+    ),
+    Mutant(
+        "an outcome that was not found may still arrive",
+        "storage/store.py",
+        """                    for sql, values, _ in self._history.pieces([plug]):
+                        link.execute(sql, values)
+""",
+        """                    pass
+""",
+        ("tests/engine/test_late_commits.py",),
+    ),
+    Mutant(
+        "a failure that a session's code has swallowed is forgotten",
+        "storage/sessions.py",
+        """        session.of_activity.check()
+""",
+        """        pass
+""",
+        (f"{SESSIONS}::test_statement_that_ends_the_transaction_fails_the_attempt[postgresql]",),
+    ),
+    Mutant(
+        "what a session has committed goes with a later rollback",
+        "storage/sessions.py",
+        """    session.join_transaction_mode = WITH_SAVEPOINT
+""",
+        """    pass
+""",
+        (f"{SESSIONS}::test_users_commit_and_rollback_touch_a_savepoint_only[postgresql]",),
+    ),
+    Mutant(
+        "mail that is sent twice at the same moment counts twice",
+        "storage/mail_desk.py",
+        """            known |= {digest: mail_id for digest, mail_id in found.items() if mail_id != firsts[digest].mail_id}
+""",
+        """            del found
+""",
+        (EVENTS,),
+    ),
 )  # fmt: skip
-"""In the order of the seed of all trouble: leases, mail, replay, claims."""
+"""In the order of the seed of all trouble: leases, mail, replay, claims, and what is asked of instances from outside."""

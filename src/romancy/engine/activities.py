@@ -29,14 +29,13 @@ from romancy.errors import (
     TerminalError,
 )
 from romancy.serde import check_size
-from romancy.storage.failures import database_error, is_lost
+from romancy.storage.failures import HistoryConflictError, database_error, is_lost
 from romancy.storage.mail import Post
 from romancy.storage.rows import HistoryRow
 from romancy.storage.sessions import (
     LONG_TRANSACTION_S,
     ActivityTransaction,
     CommitUnsureError,
-    HistoryConflictError,
     SessionEngines,
 )
 
@@ -89,6 +88,7 @@ class ActivityRunner:
         self._endings: dict[asyncio.Task[None], ActivityTransaction] = {}
         self._random = Random()
         self._is_stopping = False
+        self._by_thread: dict[Future[Any], Attempt] = {}
         self._threads = ThreadPoolExecutor(threads, "romancy-activity")
         # Commits of sessions must not wait in line behind threads that wait for the lock that they hold.
         self._commit_threads = ThreadPoolExecutor(2, "romancy-commit")
@@ -143,7 +143,9 @@ class ActivityRunner:
                 function = partial(self._in_time, attempt, timeout_s, silence_s, function)
             thread = self._threads.submit(context.run, function)
             attempt.handle = thread
-            thread.add_done_callback(partial(self._post, attempt))
+            self._by_thread[thread] = attempt
+            # Its future keeps its callbacks: with the attempt, which has the future, they would form a cycle.
+            thread.add_done_callback(self._post)
 
     def _in_time(
         self, attempt: Attempt, timeout_s: float | None, silence_s: float | None, function: Callable[[], Any]
@@ -199,15 +201,17 @@ class ActivityRunner:
 
     # -- ending ------------------------------------------------------------------------------------
 
-    def _post(self, attempt: Attempt, thread: Future[Any]) -> None:
+    def _post(self, thread: Future[Any]) -> None:
         """From an activity's thread back to the loop."""
         try:
-            self.loop.call_soon_threadsafe(self._on_thread_done, attempt, thread)
+            self.loop.call_soon_threadsafe(self._on_thread_done, thread)
         except RuntimeError:
+            attempt = self._by_thread.pop(thread)
             logger.debug("the event loop closed before activity %s ended", attempt.operation.id)
             self._close_late(attempt)
 
-    def _on_thread_done(self, attempt: Attempt, thread: Future[Any]) -> None:
+    def _on_thread_done(self, thread: Future[Any]) -> None:
+        attempt = self._by_thread.pop(thread)
         if attempt.is_over:
             self._close_late(attempt)
             return
@@ -388,10 +392,11 @@ class ActivityRunner:
         await asyncio.wrap_future(pool.submit(transaction.flush_in_thread))
 
     async def _find_out(self, attempt: Attempt, row: HistoryRow) -> bool:
-        """Whether a commit whose connection was lost has taken place; asks until the database answers."""
+        """Whether a commit whose connection was lost has taken place; asks until the database answers. It never will
+        take place afterwards: the attempt can safely run again."""
         while not attempt.instance.is_gone:
             try:
-                return await asyncio.wrap_future(self._engines.store.find_event(self.host.worker_id, row))
+                return await asyncio.wrap_future(self._engines.store.settle_event(self.host.worker_id, row))
             except FencedError as error:
                 self.host.on_fenced(error)
             except DatabaseError as error:

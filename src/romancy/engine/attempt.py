@@ -54,6 +54,7 @@ class Attempt:
     """
 
     __slots__ = (
+        "__weakref__",
         "_beats",
         "_runner",
         "context",

@@ -78,8 +78,8 @@ class InstanceHost(RunHost, Protocol):
         """The instance has begun, or ceased, to wait for nothing but time."""
         ...
 
-    def on_ended(self, instance: LiveInstance, state: StateRow) -> None:
-        """The instance's last state is durable."""
+    def on_ended(self, instance: LiveInstance, state: StateRow | None) -> None:
+        """The instance's last state is durable; ``None``: its end was refused."""
         ...
 
     def on_gone(self, instance: LiveInstance) -> None:
@@ -106,7 +106,6 @@ class LiveInstance(ReplayedRun):
         "_blocked",
         "_ending",
         "_gate",
-        "_has_ended",
         "_host",
         "_is_end_refused",
         "_is_in_code",
@@ -116,6 +115,7 @@ class LiveInstance(ReplayedRun):
         "_recorded_wake_us",
         "_requests",
         "_successor",
+        "has_ended",
         "is_waiting",
         "running_count",
     )
@@ -131,7 +131,7 @@ class LiveInstance(ReplayedRun):
         self._requests: list[Delivery] | None = None
         self._parent_id = row.parent_id
         self._successor: LiveInstance | None = None
-        self._has_ended = False
+        self.has_ended = False
         self._is_end_refused = False
         self._blocked: list[tuple[int, ActivityOperation]] = []
         self._is_waiting_for_commit = False
@@ -406,7 +406,7 @@ class LiveInstance(ReplayedRun):
         del self._open_timers[operation.id]
         self._time_us = max(self._time_us, operation.deadline_us)
         self._record(self._event(TIMER_EXPIRED, operation))
-        self._loop.make_ready(operation.callback.ready)
+        self._loop.make_ready(operation.callback)
         self._advance()
 
     # -- outcomes that commit in a transaction of their own ------------------------------------------
@@ -455,7 +455,7 @@ class LiveInstance(ReplayedRun):
         if self._mail is not None:
             self._mail.go_live()
         requests, self._requests = self._requests, None
-        for request in requests or ():
+        for request in sorted(requests or (), key=in_order_of_asking):
             if not self.is_gone:
                 self._on_request(request)
         if not self.is_gone:
@@ -533,6 +533,7 @@ class LiveInstance(ReplayedRun):
             self._abandon(operation)
         for timer in list(self._open_timers.values()):
             timer.callback.cancel()
+            self.cancel_timer(timer)
         self._is_asked = []
 
     def _finish(self, ending: Ending) -> None:
@@ -551,13 +552,12 @@ class LiveInstance(ReplayedRun):
         if self._parent_id is not None:
             host.writer.record_mail(self, [outcome_mail(host.new_mail_id(), self._parent_id, state)])
         ticket = host.writer.record(self, event, state)
-        self._has_ended = True
+        self.has_ended = True
         self._leave_memory()
         host.writer.when_durable(ticket, partial(self._on_end_written, state))
 
     def _on_end_written(self, state: StateRow) -> None:
-        if not self._is_end_refused:
-            self._host.on_ended(self, state)
+        self._host.on_ended(self, None if self._is_end_refused else state)
 
     # -- further runs ------------------------------------------------------------------------------
 
@@ -619,9 +619,9 @@ class LiveInstance(ReplayedRun):
         """Somebody else wrote this history: leave it to them. What the database can't hold parks the instance."""
         if self._successor is not None:
             self._successor.on_refused(error)
-        if self.is_gone and (not self._has_ended or self._is_end_refused):
+        if self.is_gone and (not self.has_ended or self._is_end_refused):
             return
-        self._is_end_refused = self._has_ended
+        self._is_end_refused = self.has_ended
         if not is_conflict(error):
             self._park(error)
             return
@@ -648,7 +648,13 @@ class LiveInstance(ReplayedRun):
         self._is_asked = []
         self._blocked = []
         self._mail = None
+        self.party = None
         self._host.on_gone(self)
+
+
+def in_order_of_asking(delivery: Delivery) -> str:
+    """A key to sort by: a rest that is asked for before the end must not keep it off, nor be taken back by it."""
+    return delivery.mail_id
 
 
 def exhausted(operation: ActivityOperation, error: BaseException) -> RetryExhaustedError:

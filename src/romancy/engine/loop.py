@@ -64,7 +64,7 @@ class LoopHost(WorkflowHost, Protocol):
         """Ask for a durable timer."""
         ...
 
-    def cancel_timer(self, timer: TimerCallback) -> None:
+    def cancel_timer(self, operation: Any) -> None:
         """The code no longer waits for this timer."""
         ...
 
@@ -72,28 +72,31 @@ class LoopHost(WorkflowHost, Protocol):
 class TimerCallback:
     """What ``call_later`` and ``call_at`` return: a durable timer of the workflow.
 
-    Attributes:
-        operation: the instance's own record of this timer.
+    Args:
+        host: the instance.
+        deadline_us: when it is due, microseconds since the epoch.
+        ready: what runs then.
+        operation: the instance's own record of this timer; it doesn't know of this object, or they would form a cycle.
     """
 
-    __slots__ = ("_deadline_us", "_host", "operation", "ready")
+    __slots__ = ("_deadline_us", "_host", "_operation", "_ready")
 
     def __init__(self, host: LoopHost, deadline_us: int, ready: ReadyCallback, operation: Any) -> None:
         self._host = host
         self._deadline_us = deadline_us
-        self.ready = ready
-        self.operation = operation
+        self._ready = ready
+        self._operation = operation
 
     def when(self) -> float:
         return self._deadline_us / 1_000_000
 
     def cancel(self) -> None:
-        if not self.ready.cancelled():
-            self.ready.cancel()
-            self._host.cancel_timer(self)
+        if not self._ready.cancelled():
+            self._ready.cancel()
+            self._host.cancel_timer(self._operation)
 
     def cancelled(self) -> bool:
-        return self.ready.cancelled()
+        return self._ready.cancelled()
 
     def __repr__(self) -> str:
         return f"<workflow timer at {self.when()}>"
@@ -377,14 +380,24 @@ class WorkflowLoop(_RefusingLoop):
         del timeout
 
 
+_LET_GO: Callable[..., None] | None = getattr(asyncio, "future_discard_from_awaited_by", None)
+"""From Python 3.14 on a future also knows by whom it is awaited, for pictures of who waits for whom."""
+
+
 def _close(task: asyncio.Task[Any]) -> None:
     """Close a pending task's coroutine, silently."""
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     coroutine: Any = task.get_coro()
+    awaited: asyncio.Future[Any] | None = getattr(task, "_fut_waiter", None)
     try:
         coroutine.close()
     except BaseException:
         logger.debug("workflow code objected to being discarded", exc_info=True)
+    if awaited is not None:
+        # They hold each other: a future that is over lets go of who waits for it.
+        awaited.cancel()
+        if _LET_GO is not None:
+            _LET_GO(awaited, task)
 
 
 RUN_READY_CODE = WorkflowLoop.run_ready.__code__

@@ -8,7 +8,7 @@ from types import CodeType
 from typing import Any
 
 from romancy.definitions import Activity, CallOptions, Workflow
-from romancy.engine.loop import TimerCallback
+from romancy.engine.loop import ReadyCallback
 from romancy.engine.timers import Deadline
 from romancy.signature import Arguments
 from romancy.storage.mail import Mail, Wait
@@ -145,7 +145,7 @@ class TimerOperation(Operation):
         super().__init__(operation_id, position, place)
         self.deadline_us = deadline_us
         self.deadline: Deadline | None = None
-        self.callback: TimerCallback
+        self.callback: ReadyCallback
 
     @property
     def name(self) -> str:

@@ -27,7 +27,8 @@ HEARTBEAT = HistoryKind.ACTIVITY_HEARTBEAT.value
 TIMER_EXPIRED = HistoryKind.TIMER_EXPIRED.value
 CANCELLATION = HistoryKind.CANCELLATION_REQUESTED.value
 SUPERSEDED = HistoryKind.SUPERSEDED.value
-MARKERS = (SUPERSEDED, HistoryKind.WORKFLOW_RETRIED.value, HistoryKind.WORKFLOW_FORKED.value)
+LOST = HistoryKind.ACTIVITY_ATTEMPT_LOST.value
+MARKERS = (LOST, SUPERSEDED, HistoryKind.WORKFLOW_RETRIED.value, HistoryKind.WORKFLOW_FORKED.value)
 
 
 class ReplayedRun(Run):
@@ -116,7 +117,7 @@ class ReplayedRun(Run):
         self._time_us = event.at
         if isinstance(operation, TimerOperation):
             del self._open_timers[operation.id]
-            self._loop.make_ready(operation.callback.ready)
+            self._loop.make_ready(operation.callback)
         elif isinstance(operation, MailOperation):
             self._resolve(operation.future, *self.mail.replay(operation, event))
         elif isinstance(operation, ActivityOperation):
@@ -129,10 +130,13 @@ class ReplayedRun(Run):
         self._run_replay()
 
     def _pass_over(self, event: HistoryRow) -> None:
-        """An event that answers nothing: an outcome that a retry has taken back, or where a retry or a fork went on.
+        """An event that answers nothing: an outcome that a retry has taken back, or where a retry or a fork went on;
+        or an attempt whose commit got lost.
 
         Between the two, history may have outcomes that the code has only asked for because of the one taken back.
         """
+        if event.kind == LOST:
+            return
         if event.kind == SUPERSEDED:
             if self._strays is None:
                 self._strays = []

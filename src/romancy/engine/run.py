@@ -194,14 +194,13 @@ class Run(Recorder):
         place = place_in_user_code(3) if self.is_replaying else None
         deadline_us = min(deadline_us, LATEST_US)
         operation = TimerOperation(self._calls.next("timer"), self._calls.position, place, deadline_us)
-        operation.callback = TimerCallback(self, deadline_us, callback, operation)
+        operation.callback = callback
         self._open_timers[operation.id] = operation
         self._is_asked.append(operation)
-        return operation.callback
+        return TimerCallback(self, deadline_us, callback, operation)
 
-    def cancel_timer(self, timer: TimerCallback) -> None:
+    def cancel_timer(self, operation: TimerOperation) -> None:
         """See :class:`romancy.engine.loop.LoopHost`."""
-        operation: TimerOperation = timer.operation
         self._open_timers.pop(operation.id, None)
         if operation.deadline is not None:
             operation.deadline.cancel()

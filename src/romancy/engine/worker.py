@@ -19,7 +19,7 @@ from uuid import uuid4
 from romancy.clock import Clock
 from romancy.definitions import CODE_NAMES, Catalogue, Workflow
 from romancy.engine.activities import ActivityRunner
-from romancy.engine.instance import LiveInstance
+from romancy.engine.instance import LiveInstance, in_order_of_asking
 from romancy.engine.lease import Lease
 from romancy.engine.operations import ActivityOperation
 from romancy.engine.process import host_identity, is_gone, process_started
@@ -142,6 +142,7 @@ class Worker:
         self.writer = Writer(store, self.worker_id, self._lease.ride_along, self._on_writer_stopped, self.on_post)
         self._runner = ActivityRunner(self, engines, settings.max_activities, settings.activity_threads)
         self._live: dict[str, LiveInstance] = {}
+        self._ending: set[str] = set()
         self._waiting: OrderedDict[str, LiveInstance] = OrderedDict()
         self._others: list[WorkerRow] = []
         self._dead: dict[str, WorkerRow] = {}
@@ -228,6 +229,7 @@ class Worker:
         for instance in list(self._live.values()):
             instance.drop()
         self._live.clear()
+        self._ending.clear()
         self._waiting.clear()
 
     def on_fenced(self, error: DatabaseError) -> None:
@@ -263,8 +265,8 @@ class Worker:
         return True
 
     def is_live(self, instance_id: str) -> bool:
-        """Whether the instance is in this worker's memory."""
-        return instance_id in self._live
+        """Whether the instance is in this worker's memory, or its end on the way to the database."""
+        return instance_id in self._live or instance_id in self._ending
 
     def on_start_settled(self, row: StartRow, given: Arguments, is_new: bool) -> None:
         """Run an instance that was just stored as this worker's own, with the input that it was stored with."""
@@ -394,7 +396,7 @@ class Worker:
         while self._may_have_mail and self.room > 0:
             self._may_have_mail = False
             deliveries, addressees = await _done(self._store.find_news(self.worker_id))
-            for delivery in deliveries:
+            for delivery in sorted(deliveries, key=in_order_of_asking):
                 instance = self._live.get(delivery.instance_id)
                 if instance is not None:
                     await self._in_callback(partial(instance.on_delivery, delivery))
@@ -411,15 +413,21 @@ class Worker:
             while await _done(self._store.clear_expired(self.clock.now_us(), CLAIM_SIZE)) >= CLAIM_SIZE:
                 pass
 
-    def on_ended(self, instance: LiveInstance, state: StateRow) -> None:
+    def on_ended(self, instance: LiveInstance, state: StateRow | None) -> None:
         """See :class:`romancy.engine.instance.InstanceHost`."""
-        del instance
+        self._ending.discard(instance.instance_id)
+        if state is None:
+            return
         self._listener.on_ended(state)
+        if state.status == Status.SUSPENDED and state.error is None:
+            self.hint()  # it may have been asked to end meanwhile
 
     def on_gone(self, instance: LiveInstance) -> None:
         """See :class:`romancy.engine.instance.InstanceHost`."""
         if self._live.get(instance.instance_id) is instance:
             del self._live[instance.instance_id]
+        if instance.has_ended:
+            self._ending.add(instance.instance_id)
         self._waiting.pop(instance.instance_id, None)
         self._on_room()
 

@@ -142,9 +142,10 @@ class Reruns:
     def _is_there(self, instance_id: str, origin: str) -> bool:
         found = self._execute(
             f"SELECT h.input FROM {instances.name} i LEFT JOIN {history.name} h ON h.instance_id = i.instance_id "
-            f"AND h.run = 1 AND h.kind = ? WHERE i.instance_id = ?",
+            f"AND h.run = 1 AND h.kind = ? WHERE i.instance_id = ? ORDER BY h.seq DESC",
             (HistoryKind.WORKFLOW_FORKED.value, instance_id),
         ).fetchall()
+        # The history of a fork of a fork has the notes of both; the last is its own.
         if found and found[0][0] != origin:
             raise InstanceConflictError(f"the id {instance_id!r} belongs to another instance: choose another id")
         return bool(found)

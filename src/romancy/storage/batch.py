@@ -30,9 +30,11 @@ class Party:
         state: the latest; it says all that earlier ones said.
         mail: what the member sends, waits for, and has received.
         changes: what else changes of its instance.
+        needs_fence: what it writes is a worker's alone to write.
     """
 
     __slots__ = ("changes", "history", "keyed_starts", "mail", "member", "starts", "state")
+    needs_fence = True
 
     def __init__(self, member: Member) -> None:
         self.member = member
@@ -42,6 +44,13 @@ class Party:
         self.state: StateRow | None = None
         self.mail: list[Operation] = NO_ROWS
         self.changes: list[Change] = NO_ROWS
+
+
+class OutsideParty(Party):
+    """Mail from outside any instance, which anybody may send."""
+
+    __slots__ = ()
+    needs_fence = False
 
 
 class Batch:
@@ -83,25 +92,26 @@ def run_batch(batch: Batch, commit: Callable[[list[Party]], Written]) -> None:
     After any other error the batch knows what is durable already, and may be run again.
     """
 
-    def attempt(parties: list[Party]) -> None:
-        try:
-            written = commit(parties)
-        except Exception as error:
-            if not is_row_error(error):
-                raise
-            if len(parties) > 1:
-                middle = len(parties) // 2
-                attempt(parties[:middle])
-                attempt(parties[middle:])
-                return
-            batch.refused.append((parties[0], _refusal(error)))
-        else:
-            batch.inserted |= written.inserted
-            if written.post is not None:
-                batch.posts.append(written.post)
-        del batch.waiting[: len(parties)]
+    _attempt(batch, list(batch.waiting), commit)
 
-    attempt(list(batch.waiting))
+
+def _attempt(batch: Batch, parties: list[Party], commit: Callable[[list[Party]], Written]) -> None:
+    try:
+        written = commit(parties)
+    except Exception as error:
+        if not is_row_error(error):
+            raise
+        if len(parties) > 1:
+            middle = len(parties) // 2
+            _attempt(batch, parties[:middle], commit)
+            _attempt(batch, parties[middle:], commit)
+            return
+        batch.refused.append((parties[0], _refusal(error)))
+    else:
+        batch.inserted |= written.inserted
+        if written.post is not None:
+            batch.posts.append(written.post)
+    del batch.waiting[: len(parties)]
 
 
 def _refusal(error: Exception) -> DatabaseError:

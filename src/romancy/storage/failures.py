@@ -225,6 +225,10 @@ class NotOwnedError(Exception):
     """A state was to be written on an instance that the worker does not own."""
 
 
+class HistoryConflictError(DatabaseError):
+    """Somebody else has recorded the event that was to be written: the instance is theirs."""
+
+
 def _caused(error: DatabaseError, cause: BaseException) -> DatabaseError:
     error.__cause__ = cause
     return error

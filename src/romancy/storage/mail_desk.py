@@ -17,6 +17,7 @@ from romancy.storage.mail import (
     ANYBODY,
     ANYTHING,
     BROADCAST,
+    CANCEL,
     CHILD,
     EVENT,
     KEPT_US,
@@ -45,7 +46,13 @@ BY_SUBJECT = "romancy_mail_subject"
 BY_NAME = "romancy_mail_name"
 BY_TOPIC = "romancy_waits_topic"
 
+MOST_AT_ONCE = 3
+"""A statement for each way of putting some together has a plan of its own."""
+
 Row = Sequence[Any]
+Statement = tuple[str, list[Any]]
+"""With ``?`` for its parameters."""
+
 T = TypeVar("T")
 Topic = tuple[int, str, str, str, str]
 """A number, and the addressee, kind, name and subject that it stands for."""
@@ -94,15 +101,15 @@ class MailDesk:
 
     def lock(self, operations: Iterable[Operation]) -> None:
         """Take the slots of all their topics, in order; SQLite has one writer anyway."""
-        if self._dialect == "sqlite":
+        self.lock_slots(slots_of(operations))
+
+    def lock_slots(self, wanted: Sequence[int]) -> None:
+        """Take these slots, which are in order."""
+        if self._dialect == "sqlite" or not wanted:
             return
-        wanted = sorted({slot for operation in operations for slot in _slots_of(operation)})
-        if wanted:
-            marks = ", ".join("?" * len(wanted))
-            sql = f"SELECT slot FROM {slots.name} WHERE slot IN ({marks}) ORDER BY slot FOR UPDATE"
-            while len(self._execute(sql, wanted).fetchall()) < len(wanted):
-                # Somebody has emptied the table; without its rows nobody would wait for anybody.
-                self.insert(slots.name, ("slot",), [(slot,) for slot in wanted], ignore=True)
+        while len(self._execute(locking(wanted)).fetchall()) < len(wanted):
+            # Somebody has emptied the table; without its rows nobody would wait for anybody.
+            self.insert(slots.name, ("slot",), [(slot,) for slot in wanted], ignore=True)
 
     def handle(self, operations: Sequence[Operation], *, is_repeated: bool = False) -> Post:
         """Carry the operations out, in their order, like ones together.
@@ -123,7 +130,7 @@ class MailDesk:
             elif kind is Withdrawal:
                 self._withdraw(group)
             elif kind is Mail:
-                self._send(group)
+                self._send(group, is_repeated=is_repeated)
             else:
                 self._unsubscribe(group)
         if closings:
@@ -222,8 +229,8 @@ class MailDesk:
 
     # -- sending -----------------------------------------------------------------------------------
 
-    def _send(self, mails: list[Mail]) -> None:
-        fresh = self._leave_out_repeated(mails)
+    def _send(self, mails: list[Mail], *, is_repeated: bool) -> None:
+        fresh = self._leave_out_repeated(mails, is_repeated=is_repeated)
         some = [sent for sent in fresh if sent.kind in (REQUEST, CHILD)]
         open_ids = self._not_ended({sent.to_id for sent in some}) if some else set()
         requests = [sent for sent in some if sent.kind == REQUEST and sent.to_id in open_ids]
@@ -244,30 +251,38 @@ class MailDesk:
         self.insert(deliveries.name, Delivery._fields, asked, ignore=True)
         self.post.deliveries += asked
 
-    def _leave_out_repeated(self, mails: list[Mail]) -> list[Mail]:
-        digests = {sent.digest for sent in mails if sent.digest is not None}
-        if not digests:
-            return mails
-        known = dict(
-            self._select(
-                f"SELECT digest, mail_id FROM {seen.name}", ("digest",), [(digest,) for digest in sorted(digests)]
-            )
-        )
-        fresh: list[Mail] = []
-        rows: list[Row] = []
+    def _leave_out_repeated(self, mails: list[Mail], *, is_repeated: bool) -> list[Mail]:
+        firsts: dict[str, Mail] = {}
         for sent in mails:
-            if sent.digest is None or sent.digest not in known:
-                fresh.append(sent)
-                if sent.digest is not None:
-                    known[sent.digest] = sent.mail_id
-                    # Known for a while only, also of what is kept for ever.
-                    known_until = sent.expires_at if sent.expires_at < NEVER_US else self._now_us + KEPT_US
-                    rows.append((sent.digest, sent.mail_id, known_until))
-            elif known[sent.digest] != sent.mail_id:
+            if sent.digest is not None:
+                firsts.setdefault(sent.digest, sent)
+        if not firsts:
+            return mails
+        # After a lost connection a digest of this very mail may be there: that one has been sent.
+        known = self._known(firsts) if is_repeated else {}
+        new = [self._note(sent) for digest, sent in sorted(firsts.items()) if digest not in known]
+        # Who sends the same at this very moment is waited for.
+        if self.insert(seen.name, ("digest", "mail_id", "expires_at"), new, ignore=True) < len(new):
+            found = self._known(firsts)
+            known |= {digest: mail_id for digest, mail_id in found.items() if mail_id != firsts[digest].mail_id}
+        fresh: list[Mail] = []
+        for sent in mails:
+            first_id = sent.mail_id if sent.digest is None else known.get(sent.digest, firsts[sent.digest].mail_id)
+            if first_id != sent.mail_id:
                 self.post.repeated.add(sent.mail_id)
-        # Somebody who sends the same at this very moment makes this fail, and the batch runs again.
-        self.insert(seen.name, ("digest", "mail_id", "expires_at"), rows)
+            elif sent.digest not in known:
+                fresh.append(sent)
         return fresh
+
+    def _known(self, digests: Iterable[str]) -> dict[str, str]:
+        """The mail that came first, by digest, of those that are known."""
+        keys = [(digest,) for digest in sorted(digests)]
+        return dict(self._select(f"SELECT digest, mail_id FROM {seen.name}", ("digest",), keys))
+
+    def _note(self, sent: Mail) -> Row:
+        # Known for a while only, also of what is kept for ever.
+        known_until = sent.expires_at if sent.expires_at < NEVER_US else self._now_us + KEPT_US
+        return (sent.digest, sent.mail_id, known_until)
 
     def _dispatch(self, mails: list[Mail]) -> None:
         if any(sent.kind == MESSAGE and sent.to_id == ANYBODY for sent in mails):
@@ -373,9 +388,14 @@ class MailDesk:
         self._settle(met, kept)
 
     def _settle(self, met: list[Delivery], kept: list[Mail]) -> None:
-        self.delete(waits.name, Wait._fields[:3], [delivery[:3] for delivery in met])
-        self._insert_deliveries(met)
-        self.insert(mail.name, Mail._fields[:-1], [sent[:-1] for sent in kept], ignore=True)
+        self._run_all(
+            [
+                *self._deletion(waits.name, Wait._fields[:3], [delivery[:3] for delivery in met]),
+                *self._insertion(deliveries.name, Delivery._fields, met, ignore=False),
+                *self._insertion(mail.name, Mail._fields[:-1], [sent[:-1] for sent in kept], ignore=True),
+            ]
+        )
+        self.post.deliveries += met
 
     def _insert_deliveries(self, met: list[Delivery]) -> None:
         self.insert(deliveries.name, Delivery._fields, met)
@@ -413,19 +433,38 @@ class MailDesk:
         """Makes MySQL take this index; its statistics may be of a time when the table was all but empty."""
         return f" FORCE INDEX ({index})" if self._dialect == "mysql" else ""
 
-    def insert(self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool = False) -> None:
-        """Insert rows; with ``ignore``, those whose keys are new."""
+    def insert(self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool = False) -> int:
+        """Insert rows; with ``ignore``, those whose keys are new. Returns how many it has inserted."""
+        return sum(self._execute(*one).rowcount for one in self._insertion(table, fields, rows, ignore=ignore))
+
+    def delete(self, table: str, fields: Sequence[str], keys: Sequence[Row]) -> None:
+        """Delete rows by these fields."""
+        for sql, values in self._deletion(table, fields, keys):
+            self._execute(sql, values)
+
+    def _run_all(self, statements: Sequence[Statement]) -> None:
+        """Run statements that have nothing to do with each other; where it can be, a few of them at once."""
+        if self._dialect != "postgresql" or not 1 < len(statements) <= MOST_AT_ONCE:
+            for sql, values in statements:
+                self._execute(sql, values)
+            return
+        *others, (last, _) = statements
+        parts = ", ".join(f"part_{n} AS ({sql})" for n, (sql, _) in enumerate(others))
+        self._execute(f"WITH {parts} {last}", [value for _, values in statements for value in values])
+
+    def _insertion(
+        self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool
+    ) -> Iterable[Statement]:
         row_marks = f"({', '.join('?' * len(fields))})"
         verb = "INSERT IGNORE" if ignore and self._dialect == "mysql" else "INSERT"
         suffix = " ON CONFLICT DO NOTHING" if ignore and self._dialect != "mysql" else ""
         for chunk in [chunk for some in _chunks(rows) for chunk in fitting(some, self._most_bytes)]:
             sql = f"{verb} INTO {table} ({', '.join(fields)}) VALUES {', '.join([row_marks] * len(chunk))}{suffix}"
-            self._execute(sql, [value for row in chunk for value in row])
+            yield sql, [value for row in chunk for value in row]
 
-    def delete(self, table: str, fields: Sequence[str], keys: Sequence[Row]) -> None:
-        """Delete rows by these fields."""
+    def _deletion(self, table: str, fields: Sequence[str], keys: Sequence[Row]) -> Iterable[Statement]:
         for condition, values in _conditions(fields, keys, self._dialect):
-            self._execute(f"DELETE FROM {table} WHERE {condition}", values)
+            yield f"DELETE FROM {table} WHERE {condition}", values
 
     def _select(self, select: str, fields: Sequence[str], keys: Sequence[Row]) -> list[Any]:
         rows: list[Any] = []
@@ -434,16 +473,26 @@ class MailDesk:
         return rows
 
 
-def _slots_of(operation: Operation) -> list[int]:
-    match operation:
-        case Wait() | Mail():
-            return [slot_of(operation.kind, operation.name)]
-        case Withdrawal():
-            return [slot_of(operation.wait.kind, operation.wait.name)]
-        case Unsubscription():
-            return [slot_of(MESSAGE, operation.channel)]
-        case _:
-            return []
+def slots_of(operations: Iterable[Operation]) -> list[int]:
+    """The slots of all topics that these operations have to do with, in order."""
+    wanted: set[int] = set()
+    for operation in operations:
+        match operation:
+            case Wait() | Mail():
+                wanted.add(slot_of(operation.kind, operation.name))
+            case Withdrawal():
+                wanted.add(slot_of(operation.wait.kind, operation.wait.name))
+            case Unsubscription():
+                wanted.add(slot_of(MESSAGE, operation.channel))
+            case _:
+                pass
+    return sorted(wanted)
+
+
+def locking(wanted: Sequence[int]) -> str:
+    """The statement that locks these slots, and returns them."""
+    numbers = ", ".join(map(str, wanted))
+    return f"SELECT slot FROM {slots.name} WHERE slot IN ({numbers}) ORDER BY slot FOR UPDATE"
 
 
 def _way_of(sent: Mail) -> str:
@@ -500,7 +549,8 @@ def find_news(
 
     Returns:
         All deliveries for instances of this worker; and ids of instances that nobody owns, that have mail, and that an
-        app with these workflows can run.
+        app with these workflows can run. A suspended one is among them when it was asked to end, unless it was parked
+        with an error.
     """
     to_instances = f"FROM {deliveries.name} d CROSS JOIN {instances.name} i WHERE i.instance_id = d.instance_id"
     rows = execute(f"SELECT {_DELIVERY} {to_instances} AND i.owner = ?", (worker_id,)).fetchall()
@@ -510,9 +560,11 @@ def find_news(
     known = ", ".join("?" * len(workflow_names))
     sql = (
         f"SELECT DISTINCT d.instance_id {to_instances} AND i.owner IS NULL AND i.completed_at IS NULL "
-        f"AND i.status <> ? AND i.workflow_name IN ({known}) LIMIT {limit}"
+        f"AND (i.status <> ? OR (d.kind = ? AND d.name = ? AND i.error IS NULL)) "
+        f"AND i.workflow_name IN ({known}) LIMIT {limit}"
     )
-    return found, [row[0] for row in execute(sql, (Status.SUSPENDED.value, *workflow_names)).fetchall()]
+    asked = (Status.SUSPENDED.value, REQUEST, CANCEL, *workflow_names)
+    return found, [row[0] for row in execute(sql, asked).fetchall()]
 
 
 def read_mail_of(execute: Execute, instance_ids: Sequence[str]) -> tuple[list[Delivery], list[Wait]]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import URL, ColumnElement, Connection, Engine, event, literal_column, text
 from sqlalchemy.dialects import mysql as mysql_dialect
@@ -29,7 +30,7 @@ from romancy.storage.watchdog import Line
 
 try:
     import pymysql
-    from pymysql.constants import CLIENT
+    from pymysql.constants import CLIENT, CR
 except ImportError as error:
     raise ConfigurationError(
         f"MySQL and MariaDB need their drivers: pip install 'romancy[mysql]' (import pymysql says: {error})"
@@ -41,8 +42,11 @@ MINIMUM_MARIADB = (10, 6)
 MINIMUM_MYSQL = (8, 0)
 MIGRATION_LOCK = "romancy-migration"
 MIGRATION_WAIT_S = 60
-SLEEP = "SELECT /* romancy listens */ SLEEP"
+LISTENS = "SELECT /* romancy listens */"
+"""How a listener's statement begins; others find it by that."""
+
 INTERRUPTED = 1317
+LONGEST_HOLD_S = 365 * 24 * 3600
 LONGEST_PAUSE_S = 60.0
 """How long an activity may leave its session alone on MySQL, which can't tell one that has locks from others."""
 
@@ -75,6 +79,62 @@ class MysqlLink(ServerLink):
 
     def _close(self) -> None:
         self.connection.close()
+
+
+class Ear:
+    """A listener's connection: waits on the server until it is woken.
+
+    On MySQL it sleeps. MariaDB has one mutex for all that sleep, on any database: who wakes one that is about to take
+    it stands still with it for 2 s, and with them everybody else who sleeps or wakes. So there it waits for a lock of
+    its own, which nobody gets, for a second connection holds it.
+
+    Args:
+        link: the connection that waits.
+        holder: the one that holds what it waits for; without one it sleeps.
+    """
+
+    def __init__(self, link: MysqlLink, holder: MysqlLink | None) -> None:
+        self.link = link
+        self._holder = holder
+        self._call = "SLEEP("
+        if holder is not None:
+            name = f"romancy-{uuid4()}"
+            holder.execute(f"SET SESSION wait_timeout = {LONGEST_HOLD_S}")
+            holder.execute("SELECT GET_LOCK(%s, 0)", [name])
+            self._call = f"GET_LOCK('{name}', "
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """See :class:`romancy.storage.threads.Link`."""
+        return self.link.execute(sql, parameters)
+
+    def is_woken(self, timeout_s: float) -> bool:
+        """Wait for about so many seconds, or until woken."""
+        try:
+            (answer,) = self.link.execute(f"{LISTENS} {self._call}{timeout_s:.3f})").fetchone()
+        except pymysql.err.OperationalError as error:
+            if error.args[0] == INTERRUPTED:
+                return True
+            raise
+        if self._holder is None:
+            return bool(answer)
+        if answer == 1:
+            raise pymysql.err.OperationalError(
+                CR.CR_SERVER_LOST, "the connection that holds the listener's lock is gone"
+            )
+        return answer is None
+
+    def cut(self) -> None:
+        """Let the wait fail at once. From any thread."""
+        self.link.line.cut()
+
+    def close(self) -> None:
+        """See :class:`romancy.storage.threads.Link`."""
+        try:
+            self.link.close()
+        finally:
+            # Whatever waits on the server for a client that has gone gets the lock, and ends.
+            if self._holder is not None:
+                self._holder.close()
 
 
 class MysqlStore(ServerStore):
@@ -143,8 +203,18 @@ class MysqlStore(ServerStore):
     def connect(self) -> MysqlLink:
         return self._set_up(self._connect())
 
-    def _connect_listener(self) -> MysqlLink:
-        return self._set_up(self._connect(LONGEST_WAIT_S))
+    def _connect_listener(self) -> Ear:
+        link = self._set_up(self._connect(LONGEST_WAIT_S))
+        holder: MysqlLink | None = None
+        try:
+            if self._is_mariadb:
+                holder = self._connect()
+            return Ear(link, holder)
+        except BaseException:
+            for made in (link, holder):
+                if made is not None:
+                    made.close()
+            raise
 
     def _set_up(self, link: MysqlLink) -> MysqlLink:
         settings = [
@@ -278,17 +348,13 @@ class MysqlStore(ServerStore):
         return Listener(self._connect_listener, wait, _abort, on_hint)
 
     def _wait_for_hint(self, link: Link, timeout_s: float) -> str | None:
-        # Neither server has a call that waits for news; but whoever sleeps can be woken, see _hint.
-        try:
-            return HINT if link.execute(f"{SLEEP}({timeout_s:.3f})").fetchone()[0] else None
-        except pymysql.err.OperationalError as error:
-            if error.args[0] == INTERRUPTED:
-                return HINT
-            raise
+        # Neither server has a call that waits for news; but whoever waits can be woken, see _hint.
+        assert isinstance(link, Ear)
+        return HINT if link.is_woken(timeout_s) else None
 
     def _hint(self, link: Link) -> None:
-        sleepers = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND info LIKE %s"
-        for (thread_id,) in link.execute(sleepers, [f"{SLEEP}%"]).fetchall():
+        waiting = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND info LIKE %s"
+        for (thread_id,) in link.execute(waiting, [f"{LISTENS}%"]).fetchall():
             try:
                 link.execute(f"KILL QUERY {int(thread_id)}")
             except pymysql.err.Error as error:
@@ -324,5 +390,5 @@ def _setting(variables: dict[str, Any]) -> str:
 
 
 def _abort(link: Link) -> None:
-    assert isinstance(link, MysqlLink)
-    link.line.cut()
+    assert isinstance(link, Ear)
+    link.cut()

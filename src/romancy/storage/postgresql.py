@@ -11,15 +11,18 @@ from typing import Any
 
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, Engine, cast, event, func, text
 from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.exc import DBAPIError
 
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError, PacketTooLargeError
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.listener import HINT, Listener, SelfTest
+from romancy.storage.mail import Closing, Mail, Operation, Post, Receipt
+from romancy.storage.mail_desk import locking
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
-from romancy.storage.schema import history, instances, workers
+from romancy.storage.schema import deliveries, history, instances, mail, subscriptions, workers
 from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, NEW_S, ServerLink, ServerStore
-from romancy.storage.store import fenced
+from romancy.storage.store import fenced, taken
 from romancy.storage.threads import Link
 from romancy.storage.watchdog import Line, answered_within
 
@@ -55,6 +58,8 @@ MOST_ALONE = 200 * 1024 * 1024
 """Characters of one instance's rows; they may take four bytes each, and the server has no values of more than 1 GB."""
 
 PREPARING = "prepare_threshold"
+DIVISION_BY_ZERO = "22012"
+ANYTHING = "SELECT 1"
 WHO_SERVES = "SELECT pg_backend_pid()"
 MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
 
@@ -95,10 +100,13 @@ class PostgresqlLink(ServerLink):
             self._executed, self._planned_at = 0, now
             self.connection.execute("DISCARD PLANS", (), prepare=False)
 
-    def execute_together(self, statements: str) -> None:
-        """Run several statements, separated by semicolons, in one round trip."""
+    def execute_together(self, *statements: str) -> Any:
+        """Run several statements in one round trip; returns the cursor of the last."""
         with answered_within(self.line, self._patience_s):
-            self.connection.execute(statements.encode(), (), prepare=False)
+            cursor = self.connection.execute("; ".join(statements).encode(), (), prepare=False)
+        while cursor.nextset():
+            pass
+        return cursor
 
     def _close(self) -> None:
         self.connection.close()
@@ -117,6 +125,7 @@ class PostgresqlStore(ServerStore):
     """
 
     kind = "postgresql"
+    savepoint_may_wait = True
 
     def __init__(
         self, address: ServerAddress, workflow_names: Sequence[str], patience_s: float = DEFAULT_PATIENCE_S
@@ -129,15 +138,16 @@ class PostgresqlStore(ServerStore):
         self.listen_url: URL | None = None
         self._is_read_committed = True
         self._begin_together = (
-            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{lock_wait}'; "
-            f"SET LOCAL idle_in_transaction_session_timeout = '{self.idle_transaction_s}s'"
+            "BEGIN ISOLATION LEVEL READ COMMITTED",
+            f"SET LOCAL lock_timeout = '{lock_wait}'",
+            f"SET LOCAL idle_in_transaction_session_timeout = '{self.idle_transaction_s}s'",
         )
         bounded = f"set_config('lock_timeout', '{lock_wait}', true)"
-        self._flush_as_client = _flush_statement(f"SELECT {bounded}")
-        self._flush_as_worker = _flush_statement(
+        self._flush_as_client = _flush_statements(f"SELECT {bounded}")
+        self._flush_as_worker = _flush_statements(
             f"SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' AND {bounded} <> '' FOR SHARE"
         )
-        self._flush_and_renew = _flush_statement(
+        self._flush_and_renew = _flush_statements(
             f"UPDATE {workers.name} SET lease_until = %s WHERE worker_id = %s AND state = 'alive' AND {bounded} <> '' "
             f"RETURNING 1"
         )
@@ -244,18 +254,34 @@ class PostgresqlStore(ServerStore):
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def _begin(self, link: Link) -> None:
+    def _begin(self, link: Link, slots: Sequence[int]) -> None:
         assert isinstance(link, PostgresqlLink)
-        link.execute_together(self._begin_together)
+        if not slots:
+            link.execute_together(*self._begin_together)
+        elif len(link.execute_together(*self._begin_together, locking(slots)).fetchall()) < len(slots):
+            self._lock(link, slots)
 
     def _write_parties(
         self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None, renew_until: int | None
     ) -> Written:
-        if not self._is_read_committed or any(party.mail or party.changes for party in parties):
+        ends = [operation for party in parties for operation in party.mail]
+        is_one_statement = self._is_read_committed and not any(party.changes for party in parties)
+        if not is_one_statement or not all(isinstance(end, Receipt | Closing) for end in ends):
             return super()._write_parties(link, batch, parties, worker_id, renew_until)
-        return Written(self._write_rows(link, parties, worker_id, renew_until))
+        return Written(self._write_together(link, parties, worker_id, renew_until, ends))
 
     def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None) -> set[str]:
+        return self._write_together(link, parties, worker_id, renew_until, ())
+
+    def _write_together(
+        self,
+        link: Link,
+        parties: list[Party],
+        worker_id: str | None,
+        renew_until: int | None,
+        ends: Sequence[Operation],
+    ) -> set[str]:
+        """Write all rows in one statement, the ends of deliveries and mailboxes included; see :meth:`_write_rows`."""
         states = [p.state for p in parties if p.state is not None]
         rows = (
             _as_json(StartRow._fields, [row for p in parties for row in p.starts]),
@@ -265,13 +291,14 @@ class PostgresqlStore(ServerStore):
         )
         _check_size(rows, len(parties))
         if worker_id is None:
-            statement, fence = self._flush_as_client, list[Any]()
+            statements, fence = self._flush_as_client, list[Any]()
         elif renew_until is None:
-            statement, fence = self._flush_as_worker, [worker_id]
+            statements, fence = self._flush_as_worker, [worker_id]
         else:
-            statement, fence = self._flush_and_renew, [renew_until, worker_id]
+            statements, fence = self._flush_and_renew, [renew_until, worker_id]
+        parameters = [*fence, *rows, worker_id, *(_of_ends(ends) if ends else ()), len(states)]
         # An instance that is not this worker's makes the division fail, and with it the whole statement.
-        is_alive, inserted, _ = link.execute(statement, [*fence, *rows, worker_id, len(states)]).fetchone()
+        is_alive, inserted, _ = link.execute(statements[bool(ends)], parameters).fetchone()
         if not is_alive:
             assert worker_id is not None
             raise fenced(worker_id)
@@ -297,7 +324,35 @@ class PostgresqlStore(ServerStore):
         # Not in the transaction of the work itself: notifying commits queue up behind one lock of the server.
         _say(HINT, link)
 
-    def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
+    def is_in_transaction(self, connection: Connection) -> bool:
+        driver: Any = connection.connection.driver_connection
+        if driver.info.transaction_status == TransactionStatus.INERROR:
+            connection.exec_driver_sql(ANYTHING)
+        return bool(driver.info.transaction_status == TransactionStatus.INTRANS)
+
+    def commit_in(
+        self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int, outgoing: Sequence[Mail]
+    ) -> Post | None:
+        if outgoing:
+            return super().commit_in(connection, worker_id, event, renew_until, outgoing)
+        values = (worker_id, _as_json(HistoryRow._fields, [event]))
+        driver: Any = connection.connection.driver_connection
+        is_sync = isinstance(driver, psycopg.Connection)
+        cursor = psycopg.ClientCursor(driver) if is_sync else psycopg.AsyncClientCursor(driver)
+        try:
+            # One round trip for both: a lost fence makes the division fail, and nothing after it is carried out.
+            options = {"no_parameters": True}
+            connection.exec_driver_sql(cursor.mogrify(_RECORD_AND_COMMIT.encode(), values), execution_options=options)
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) == DIVISION_BY_ZERO:
+                raise fenced(worker_id) from error
+            if isinstance(error.orig, psycopg.IntegrityError) and error.orig.diag.table_name == history.name:
+                raise taken(event, error.orig) from error
+            raise
+        connection.commit()  # SQLAlchemy does not know yet; nothing is sent
+        return None
+
+    def _record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
         del renew_until
         parameters = {
             "me": worker_id,
@@ -367,10 +422,34 @@ def _recordset(fields: tuple[str, ...], parameter: str = "%s") -> str:
     return f"json_to_recordset(CAST({parameter} AS json)) AS v({columns})"
 
 
-def _flush_statement(fence: str) -> str:
+def _of_ends(ends: Sequence[Operation]) -> list[Any]:
+    """The parameters of :data:`_END`."""
+    receipts = [end for end in ends if isinstance(end, Receipt)]
+    closed = [end.instance_id for end in ends if isinstance(end, Closing)]
+    return [[receipt.instance_id for receipt in receipts], _as_json(Receipt._fields, receipts), *[closed] * 3]
+
+
+_ALIVE = "EXISTS (SELECT FROM fence)"
+_OF_THESE = f"= ANY (CAST(%s AS text[])) AND {_ALIVE}"
+_END = (
+    # Its first condition leads through the index, however many rows there seem to be.
+    f"received AS (DELETE FROM {deliveries.name} WHERE instance_id {_OF_THESE} "
+    f"AND ({', '.join(Receipt._fields)}) IN (SELECT {', '.join(Receipt._fields)} FROM {_recordset(Receipt._fields)})), "
+    f"left_channels AS (DELETE FROM {subscriptions.name} WHERE instance_id {_OF_THESE}), "
+    f"left_mail AS (DELETE FROM {mail.name} WHERE to_id {_OF_THESE}), "
+    f"left_deliveries AS (DELETE FROM {deliveries.name} WHERE instance_id {_OF_THESE}) "
+)
+
+
+def _flush_statements(fence: str) -> tuple[str, str]:
+    """The statement of a group commit without and with the ends of deliveries and mailboxes."""
+    return _flush_statement(fence, ""), _flush_statement(fence, f", {_END}")
+
+
+def _flush_statement(fence: str, end: str) -> str:
     start, event = ", ".join(StartRow._fields), ", ".join(HistoryRow._fields)
     sets = ", ".join(f"{field} = v.{field}" for field in StateRow._fields if field != "instance_id")
-    alive = "EXISTS (SELECT FROM fence)"
+    alive = _ALIVE
     return (
         f"WITH fence AS MATERIALIZED ({fence}), "
         f"starts AS (INSERT INTO {instances.name} ({start}) SELECT {start} "
@@ -382,12 +461,18 @@ def _flush_statement(fence: str) -> str:
         f"FROM {_recordset(HistoryRow._fields)} WHERE {alive}), "
         f"states AS (UPDATE {instances.name} AS i SET {sets}, claims = 0 "
         f"FROM {_recordset(StateRow._fields)} WHERE {alive} AND i.instance_id = v.instance_id AND i.owner = %s "
-        f"RETURNING 1) "
+        f"RETURNING 1) {end}"
         f"SELECT {alive}, (SELECT array_agg(instance_id) FROM keyed), "
         f"1 / (CASE WHEN NOT {alive} OR (SELECT count(*) FROM states) = %s THEN 1 ELSE 0 END)"
     )
 
 
+_RECORD_AND_COMMIT = (
+    f"WITH fence AS MATERIALIZED (SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' FOR SHARE), "
+    f"recorded AS (INSERT INTO {history.name} ({', '.join(HistoryRow._fields)}) "
+    f"SELECT {', '.join(HistoryRow._fields)} FROM {_recordset(HistoryRow._fields)} WHERE {_ALIVE} RETURNING 1) "
+    f"SELECT 1 / count(*) FROM recorded; COMMIT"
+)
 _RECORD = text(
     f"WITH fence AS MATERIALIZED (SELECT 1 FROM {workers.name} "
     f"WHERE worker_id = :me AND state = 'alive' FOR SHARE) "

@@ -1,7 +1,8 @@
 """The session of a transactional activity: opened at its first use, committed together with the outcome.
 
 The user's ``commit`` and ``rollback`` touch a savepoint only. The transaction around it carries the user's rows,
-the recorded outcome and the check of the worker's fence; it commits once, or not at all.
+the recorded outcome and the check of the worker's fence; it commits once, or not at all. Where that comes to the same,
+there is no savepoint before the user's first ``commit``: until then a rollback may as well end the transaction.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -28,24 +29,28 @@ from romancy.storage.store import Store
 from romancy.storage.watchdog import Line, answered_within
 
 LONG_TRANSACTION_S = 1.0
+WITH_SAVEPOINT: Literal["create_savepoint"] = "create_savepoint"
+WITHOUT_SAVEPOINT: Literal["rollback_only"] = "rollback_only"
+_TRANSACTION = "romancy_transaction"
 NONE_GIVEN = GivenEngines()
 NO_OPTIONS: Mapping[str, int] = {}
 
 
 class CommitUnsureError(DatabaseError):
-    """The connection was lost while the outcome was committed; see :meth:`Store.find_event`."""
-
-
-class HistoryConflictError(DatabaseError):
-    """Somebody else has recorded the event that was to be written: the instance is theirs."""
+    """The connection was lost while the outcome was committed; see :meth:`Store.settle_event`."""
 
 
 class _LazySession(Session):
     """A session that asks its transaction for a connection when it first needs one, and ends with the activity only."""
 
-    def close(self) -> None:
+    @property
+    def of_activity(self) -> ActivityTransaction:
+        """The transaction that it belongs to."""
         transaction: ActivityTransaction = self.info["transaction"]
-        if not transaction.is_over:
+        return transaction
+
+    def close(self) -> None:
+        if not self.of_activity.is_over:
             raise SessionError(
                 "the session of an activity is Romancy's to close, at the activity's end: use it without `with`, and "
                 "without close()"
@@ -53,8 +58,20 @@ class _LazySession(Session):
         super().close()
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Connection:
-        transaction: ActivityTransaction = self.info["transaction"]
-        return transaction.connection()
+        return self.of_activity.connection()
+
+
+@event.listens_for(_LazySession, "before_commit")
+def _before_commit(session: Session) -> None:
+    assert isinstance(session, _LazySession)
+    if session.join_transaction_mode == WITHOUT_SAVEPOINT:
+        session.of_activity.check()
+
+
+@event.listens_for(_LazySession, "after_commit")
+def _after_commit(session: Session) -> None:
+    # What was committed must outlive the next rollback.
+    session.join_transaction_mode = WITH_SAVEPOINT
 
 
 class ActivityTransaction:
@@ -76,6 +93,7 @@ class ActivityTransaction:
         self._session: AsyncSession | Session | None = None
         self._give_back: Callable[[], None] | None = None
         self._opened_at = 0.0
+        self._has_spoken = False
         self._is_flushing = False
         self._is_committing = False
         self._is_committed = False
@@ -128,7 +146,7 @@ class ActivityTransaction:
             raise SessionError("this activity's session is closed: use it only while the activity runs")
         if self._session is None:
             options: dict[str, Any] = {
-                "join_transaction_mode": "create_savepoint",
+                "join_transaction_mode": self._way_to_join(),
                 "expire_on_commit": False,
                 "info": {"transaction": self},
             }
@@ -137,6 +155,12 @@ class ActivityTransaction:
             else:
                 self._session = _LazySession(**options)
         return self._session
+
+    def _way_to_join(self) -> Literal["create_savepoint", "rollback_only"]:
+        engines = self._engines
+        # What the application's engine needs set in a transaction would go with a rollback.
+        is_ours = engines.given.of(is_async=self._is_async) is None
+        return WITHOUT_SAVEPOINT if is_ours and engines.store.savepoint_may_wait else WITH_SAVEPOINT
 
     def connection(self) -> Connection:
         """The connection, its transaction begun; in an async activity called inside SQLAlchemy's greenlet."""
@@ -153,9 +177,28 @@ class ActivityTransaction:
                 raise self.failure from error
             self._connection = connection
             self._opened_at = time.monotonic()
-            event.listen(connection, "commit", self._on_commit)
-            event.listen(connection, "before_cursor_execute", self._on_statement)
+            connection.info[_TRANSACTION] = self
+        elif not self._connection.in_transaction():
+            # The user's rollback has ended it.
+            self._has_spoken = False
+            self._connection.begin()
         return self._connection
+
+    def check(self) -> None:
+        """Refuse to go on where a savepoint would not have ended well.
+
+        Raises:
+            DBAPIError: a statement has failed, and with it all of the transaction.
+            SessionError: a statement has ended the transaction.
+        """
+        connection = self._connection
+        if connection is not None and self._has_spoken and connection.in_transaction():
+            is_open = self._engines.store.is_in_transaction(connection)
+            if not is_open:
+                raise SessionError(
+                    "a statement of this activity has ended its transaction: leave COMMIT and ROLLBACK to the "
+                    "session's commit() and rollback()"
+                )
 
     def _begin(self) -> Connection:
         """A connection with its transaction begun, and the write lock held."""
@@ -182,6 +225,7 @@ class ActivityTransaction:
             raise
         try:
             self._give_back = self._engines.store.begin_on(connection)
+            _listen(connection)
         except BaseException:
             try:
                 if not connection.invalidated:
@@ -198,18 +242,27 @@ class ActivityTransaction:
         else:
             self._engines.write_lock.acquire()
 
-    def _on_commit(self, _connection: Connection) -> None:
+    def on_commit(self) -> None:
+        """Somebody commits the whole transaction.
+
+        Raises:
+            SessionError: it is not us.
+        """
         if not self._is_committing:
             raise SessionError(
                 "only Romancy commits the transaction of an activity, together with the recorded outcome: "
                 "session.commit() ends a savepoint, connection().commit() is not for activities"
             )
 
-    def _on_statement(
-        self, _connection: Connection, _cursor: Any, sql: str, parameters: Any, _context: Any, is_many: bool
-    ) -> None:
+    def on_statement(self, sql: str, parameters: Any, is_many: bool) -> None:
+        """A statement is about to be sent.
+
+        Raises:
+            PacketTooLargeError: the server would break the connection for it.
+        """
         for values in parameters if is_many else [parameters]:
             self._engines.store.check_statement(sql, list(values.values()) if isinstance(values, dict) else values)
+        self._has_spoken = True
         line = self._line if self._is_flushing else None
         if line is not None:
             line.deadline = time.monotonic() + self._engines.store.patience_s
@@ -265,10 +318,7 @@ class ActivityTransaction:
         try:
             # The user's own statements take as long as they take; these are the engine's.
             with answered_within(self._line, self._engines.store.patience_s):
-                self._record(connection, worker_id, event_row, renew_until)
-                post = self._engines.store.send_in(connection, outgoing) if outgoing else None
-                connection.commit()
-            self.post = post
+                self.post = self._engines.store.commit_in(connection, worker_id, event_row, renew_until, outgoing)
             self._is_committed = True
         except (DatabaseError, IntegrityError):
             self.close_in_thread()
@@ -280,12 +330,6 @@ class ActivityTransaction:
                 raise CommitUnsureError(str(failure)) from error
             raise failure from error
         self.close_in_thread()
-
-    def _record(self, connection: Connection, worker_id: str, event_row: HistoryRow, renew_until: int) -> None:
-        try:
-            self._engines.store.record_in(connection, worker_id, event_row, renew_until)
-        except IntegrityError as error:
-            raise HistoryConflictError(f"another worker has recorded event {event_row.seq}: {error.orig}") from error
 
     async def close(self) -> None:
         """End the transaction; what is not committed is rolled back."""
@@ -314,6 +358,8 @@ class ActivityTransaction:
 
     def _end(self, connection: Connection) -> None:
         try:
+            if not connection.invalidated:
+                connection.info.pop(_TRANSACTION, None)
             if not self._is_committed and not connection.invalidated:
                 # SQLAlchemy may take a transaction for ended that the driver has open: after a refused commit.
                 connection.connection.rollback()
@@ -331,6 +377,25 @@ class ActivityTransaction:
             connection.invalidate()
             if not is_driver_error(error):
                 raise
+
+
+def _listen(where: Engine | Connection) -> None:
+    event.listen(where, "commit", _on_commit)
+    event.listen(where, "before_cursor_execute", _on_statement)
+
+
+def _on_commit(connection: Connection) -> None:
+    transaction: ActivityTransaction | None = connection.info.get(_TRANSACTION)
+    if transaction is not None:
+        transaction.on_commit()
+
+
+def _on_statement(
+    connection: Connection, _cursor: Any, sql: str, parameters: Any, _context: Any, is_many: bool
+) -> None:
+    transaction: ActivityTransaction | None = connection.info.get(_TRANSACTION)
+    if transaction is not None:
+        transaction.on_statement(sql, parameters, is_many)
 
 
 class SessionEngines:
@@ -384,10 +449,12 @@ class SessionEngines:
         if is_async:
             if self._async_engine is None:
                 self._async_engine = create_async_engine(self.store.url(is_async=True), **self._options)
+                _listen(self._async_engine.sync_engine)
                 self.store.set_up_sessions(self._async_engine.sync_engine)
             return self._async_engine.sync_engine
         if self._engine is None:
             self._engine = create_engine(self.store.url(is_async=False), **self._options)
+            _listen(self._engine)
             self.store.set_up_sessions(self._engine)
         return self._engine
 

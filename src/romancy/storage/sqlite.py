@@ -194,7 +194,7 @@ class SqliteStore(Store):
         if link.in_transaction:
             super()._roll_back(link, error)
 
-    def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
+    def _record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
         # The lease may well be renewed while the write lock is held anyway.
         alive = workers.update().where(workers.c.worker_id == worker_id, workers.c.state == "alive")
         if connection.execute(alive.values(lease_until=renew_until)).rowcount != 1:

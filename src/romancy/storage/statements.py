@@ -28,6 +28,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import ClauseElement
 
 from romancy.model import WAITING, HistoryKind, Status
+from romancy.storage.mail import CANCEL
 from romancy.storage.rows import CLAIMED_COLUMNS, HistoryRow, StateRow, WorkerRow
 from romancy.storage.schema import deliveries, history, instances, workers
 
@@ -234,12 +235,25 @@ class Statements:
         self.find_of_dead = prepare(claimed.where(of_dead, known).limit(limit).with_for_update(skip_locked=True))
         self.find_claimed = prepare(claimed.where(instances.c.owner == me, instances.c.updated_at == now))
         ids: list[BindParameter[str]] = [bindparam(f"id_{n}") for n in range(MOST_ADDRESSEES)]
+        # Mail does not wake what was set aside; but nothing keeps an instance from ending that was asked to. Where its
+        # code does not fit, it was parked with an error: it can only end once that is mended.
+        is_cancelled = and_(
+            instances.c.error.is_(None),
+            select(literal(1))
+            .where(
+                deliveries.c.instance_id == instances.c.instance_id,
+                deliveries.c.run == 0,
+                deliveries.c.operation_id == CANCEL,
+            )
+            .exists(),
+        )
+        may_wake = or_(instances.c.status != Status.SUSPENDED.value, is_cancelled)
         self.find_addressed = prepare(
-            claimed.where(free, instances.c.instance_id.in_(ids), known).with_for_update(skip_locked=True)
+            claimed.where(free, instances.c.instance_id.in_(ids), known, may_wake).with_for_update(skip_locked=True)
         )
         self.lock_worker = prepare(select(literal(1)).select_from(workers).where(alive).with_for_update())
         self.read_event = prepare(
-            select(literal(1)).where(
+            select(history.c.kind).where(
                 history.c.instance_id == bindparam("instance_id"),
                 history.c.run == bindparam("run"),
                 history.c.seq == bindparam("seq"),

@@ -17,16 +17,25 @@ from typing import Any, TypeVar
 
 from sqlalchemy import URL, ColumnElement, Connection, Engine
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.exc import IntegrityError
 
 from romancy.clock import Clock, DatabaseClock
 from romancy.errors import DatabaseError, FencedError, PacketTooLargeError
-from romancy.model import HistoryKind, Status
+from romancy.model import HistoryEvent, HistoryKind, Instance, Status
 from romancy.storage.again import Fork, Reruns, supersede
 from romancy.storage.batch import Batch, Party, Written, run_batch
-from romancy.storage.failures import NotOwnedError, database_error, is_beyond_use, is_driver_error, is_lost
+from romancy.storage.failures import (
+    HistoryConflictError,
+    NotOwnedError,
+    database_error,
+    is_beyond_use,
+    is_driver_error,
+    is_lost,
+)
 from romancy.storage.listener import Listener
 from romancy.storage.lock import FreeLock, WriteLock
-from romancy.storage.mail import Delivery, Mail, Post, Wait
+from romancy.storage.lookups import get_history, get_instance, get_outcomes
+from romancy.storage.mail import SUSPEND, Delivery, Mail, Post, Receipt, Wait
 from romancy.storage.mail_desk import (
     MailDesk,
     clear_expired,
@@ -35,6 +44,7 @@ from romancy.storage.mail_desk import (
     on_link,
     open_channel,
     read_mail_of,
+    slots_of,
 )
 from romancy.storage.rows import (
     Change,
@@ -65,6 +75,7 @@ logger = logging.getLogger("romancy.storage")
 T = TypeVar("T")
 
 LONGEST_CLOSE_S = 5.0
+_AT_REST = (Status.PENDING.value, Status.SUSPENDED.value)
 
 
 class Store(ABC):
@@ -83,6 +94,8 @@ class Store(ABC):
 
     Attributes:
         kind: ``sqlite``, ``postgresql`` or ``mysql``.
+        savepoint_may_wait: whether a transaction can do without a savepoint until something in it must outlive a
+            rollback: a failed statement fails all of it, and the connection knows.
         write_lock: who may write now; on databases with many writers, everybody.
         has_one_writer: whether an open transaction keeps all others from writing.
         workflow_clock: what workflows take for the time, and mail expires by; a test may put its own here.
@@ -94,6 +107,7 @@ class Store(ABC):
     begin = "BEGIN"
     kind: str
     has_one_writer = False
+    savepoint_may_wait = False
     patience_s = math.inf
     most_bytes: int | None = None
     watchdog: Watchdog | None = None
@@ -269,13 +283,18 @@ class Store(ABC):
     ) -> Written:
         """Commit these parties' rows in one transaction, under the fence."""
         mail = [operation for party in parties for operation in party.mail]
-        with self._transaction(link):
+        with self._transaction(link, slots_of(mail)):
             desk = MailDesk(on_link(link, self.mark), self.kind, self.workflow_clock.now_us(), self.most_bytes)
-            desk.lock(mail)
-            inserted = self._write_rows(link, parties, worker_id, renew_until)
-            for change in [change for party in parties for change in party.changes]:
-                assert worker_id is not None
-                self._change_instance(link, change, worker_id)
+            inserted: set[str] = set()
+            for some in _run_by_run(parties):
+                if renew_until is not None or any(party.needs_fence for party in some):
+                    inserted |= self._write_rows(link, some, worker_id, renew_until)
+                for party in some:
+                    for change in party.changes:
+                        assert worker_id is not None
+                        # Its state, which has been written, may have given the instance away.
+                        owner = worker_id if party.state is None else party.state.owner
+                        self._change_instance(link, change, owner)
             return Written(inserted, desk.handle(mail, is_repeated=batch.is_unsure) if mail else None)
 
     def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None) -> set[str]:
@@ -296,8 +315,10 @@ class Store(ABC):
             self._update_states(link, states, worker_id)
         return inserted
 
-    def _change_instance(self, link: Link, change: Change, worker_id: str) -> None:
+    def _change_instance(self, link: Link, change: Change, owner: str | None) -> None:
         mark = self.mark
+        is_owned = f"owner = {mark}" if owner is not None else "owner IS NULL"
+        owners = () if owner is None else (owner,)
         if isinstance(change, SupersededRow):
             supersede(on_link(link, mark), *change)
             return
@@ -313,14 +334,14 @@ class Store(ABC):
                 f"UPDATE {instances.name} SET run = {mark}, started_at = {mark}, source_hash = {mark}, input = {mark}, "
                 f"updated_at = {mark}, status = '{Status.RUNNING.value}', ready_at = NULL, patches = NULL, "
                 f"seed = NULL, claims = 0 "
-                f"WHERE instance_id = {mark} AND run = {mark} AND owner = {mark}"
+                f"WHERE instance_id = {mark} AND run = {mark} AND {is_owned}"
             )
             values: tuple[Any, ...] = (
-                *change[1:], change.started_at, change.instance_id, change.run - 1, worker_id,
+                *change[1:], change.started_at, change.instance_id, change.run - 1, *owners,
             )  # fmt: skip
         else:
-            sql = f"UPDATE {instances.name} SET patches = {mark} WHERE instance_id = {mark} AND owner = {mark}"
-            values = (change.patches, change.instance_id, worker_id)
+            sql = f"UPDATE {instances.name} SET patches = {mark} WHERE instance_id = {mark} AND {is_owned}"
+            values = (change.patches, change.instance_id, *owners)
         if link.execute(sql, values).rowcount != 1:
             raise NotOwnedError("an instance is no longer owned by this worker")
 
@@ -402,11 +423,12 @@ class Store(ABC):
             raise fenced(worker_id)
 
     @contextlib.contextmanager
-    def _transaction(self, link: Link) -> Iterator[None]:
+    def _transaction(self, link: Link, slots: Sequence[int] = ()) -> Iterator[None]:
+        """A transaction that holds these slots of the mail desk; it ends with the body."""
         self.write_lock.acquire()
         try:
-            self._begin(link)
             try:
+                self._begin(link, slots)
                 yield
                 link.execute("COMMIT")
             except BaseException as error:
@@ -415,8 +437,12 @@ class Store(ABC):
         finally:
             self.write_lock.release()
 
-    def _begin(self, link: Link) -> None:
+    def _begin(self, link: Link, slots: Sequence[int]) -> None:
         link.execute(self.begin)
+        self._lock(link, slots)
+
+    def _lock(self, link: Link, slots: Sequence[int]) -> None:
+        MailDesk(on_link(link, self.mark), self.kind, 0).lock_slots(slots)
 
     def _roll_back(self, link: Link, error: BaseException) -> None:
         if not is_lost(error):
@@ -561,14 +587,15 @@ class Store(ABC):
             f"UPDATE {instances.name} SET owner = {mark}, ready_at = NULL, "
             f"claims = claims + CASE WHEN status IN ('{Status.RUNNING.value}', '{Status.COMPENSATING.value}') "
             f"THEN {mark} ELSE 0 END, "
-            f"status = CASE WHEN status = '{Status.PENDING.value}' THEN '{Status.RUNNING.value}' ELSE status END, "
+            f"status = CASE WHEN status IN ('{Status.PENDING.value}', '{Status.SUSPENDED.value}') "
+            f"THEN '{Status.RUNNING.value}' ELSE status END, "
             f"started_at = COALESCE(started_at, {mark}), updated_at = {mark} "
             f"WHERE instance_id IN ({','.join([mark] * len(rows))})",
             (me, counted, now, now, *[row.instance_id for row in rows]),
         )
         return [
             row._replace(
-                status=Status.RUNNING.value if row.status == Status.PENDING.value else row.status,
+                status=Status.RUNNING.value if row.status in _AT_REST else row.status,
                 claims=row.claims + (counted if row.status in (Status.RUNNING.value, Status.COMPENSATING.value) else 0),
                 started_at=now if row.started_at is None else row.started_at,
                 is_fresh=row.started_at is None,
@@ -592,11 +619,17 @@ class Store(ABC):
         return self._write(job)
 
     def resume(self, instance_id: str, now: int) -> Future[bool]:
-        """Make a suspended instance claimable; ``False`` when it is not suspended."""
+        """Make a suspended instance claimable; ``False`` when it is not suspended.
+
+        Requests to suspend it that came while it was suspended are over with that.
+        """
         statement = self._statements.resume(instance_id=instance_id, now=now)
 
         def job(link: Link) -> bool:
-            is_resumed = self._run(link, statement) == 1
+            with self._transaction(link):
+                is_resumed: bool = link.execute(*statement).rowcount == 1
+                if is_resumed:
+                    MailDesk(on_link(link, self.mark), self.kind, now).handle([Receipt(instance_id, 0, SUSPEND)])
             if is_resumed:
                 self._tell_others(link)
             return is_resumed
@@ -656,35 +689,66 @@ class Store(ABC):
 
     # -- the outcome of a transactional activity ---------------------------------------------------
 
-    def record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
-        """Check the fence and write the outcome, in the transaction that carries the user's rows.
+    def is_in_transaction(self, connection: Connection) -> bool:
+        """Whether the server has a transaction open here. Asked only where savepoints may wait.
+
+        Raises:
+            DBAPIError: it has, and it has failed.
+        """
+        raise NotImplementedError
+
+    def commit_in(
+        self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int, outgoing: Sequence[Mail]
+    ) -> Post | None:
+        """Check the fence, write the outcome, send what goes with it, and commit the transaction that carries the
+        user's rows; returns what became of the mail.
 
         Raises:
             FencedError: the worker lost its lease.
+            HistoryConflictError: somebody else has recorded this event.
+            IntegrityError: a constraint that is checked at the commit refused the user's rows.
         """
+        try:
+            self._record_in(connection, worker_id, event, renew_until)
+        except IntegrityError as error:
+            raise taken(event, error.orig) from error
+        post = self._send_in(connection, outgoing) if outgoing else None
+        connection.commit()
+        return post
+
+    def _record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
+        """Check the fence and write the outcome."""
         del renew_until
         fence = workers.select().where(workers.c.worker_id == worker_id, workers.c.state == "alive")
         if connection.execute(fence.with_for_update(read=True)).first() is None:
             raise fenced(worker_id)
         connection.execute(history.insert().values(event._asdict()))
 
-    def send_in(self, connection: Connection, outgoing: Sequence[Mail]) -> Post:
-        """Send in a transaction of SQLAlchemy's; the last thing before its commit, for it locks topics."""
+    def _send_in(self, connection: Connection, outgoing: Sequence[Mail]) -> Post:
+        """Send, as the last thing before the commit, for it locks topics."""
         desk = MailDesk(on_connection(connection), self.kind, self.workflow_clock.now_us(), self.most_bytes)
         desk.lock(outgoing)
         return desk.handle(outgoing)
 
-    def find_event(self, worker_id: str, event: HistoryRow) -> Future[bool]:
+    def settle_event(self, worker_id: str, event: HistoryRow) -> Future[bool]:
         """Whether this outcome is durable, after a connection was lost while it was committed.
+
+        If it is not, its place in history is taken, so that it never will be: the server may have its commit still to
+        read, and would carry it out after it was asked.
 
         The future fails with ``FencedError`` when the worker has lost its lease meanwhile.
         """
+        plug = event._replace(kind=HistoryKind.ACTIVITY_ATTEMPT_LOST.value, result=None, error=None)
         key = {"instance_id": event.instance_id, "run": event.run, "seq": event.seq}
 
         def job(link: Link) -> bool:
             with self._transaction(link):
                 self._check_fence(link, worker_id, self._statements.lock_worker)
-                return link.execute(*self._statements.read_event(**key)).fetchone() is not None
+                found = link.execute(*self._statements.read_event(**key)).fetchone()
+                if found is None:
+                    for sql, values, _ in self._history.pieces([plug]):
+                        link.execute(sql, values)
+            return found is not None and found[0] != plug.kind
 
         return self._write(job)
 
@@ -706,6 +770,18 @@ class Store(ABC):
             ]
 
         return self._read(job)
+
+    def get_instance(self, instance_id: str) -> Future[Instance | None]:
+        """One instance, or ``None``."""
+        return self._read(lambda link: get_instance(on_link(link, self.mark), instance_id))
+
+    def get_history(self, instance_id: str, run: int | None) -> Future[list[HistoryEvent]]:
+        """The recorded events of a run (by default the latest), in order."""
+        return self._read(lambda link: get_history(on_link(link, self.mark), instance_id, run))
+
+    def get_outcomes(self, instance_ids: Sequence[str]) -> Future[list[StateRow]]:
+        """The state of those of these instances that have ended or are suspended."""
+        return self._read(lambda link: get_outcomes(on_link(link, self.mark), instance_ids))
 
     def read_start(self, instance_id: str) -> Future[tuple[str, str] | None]:
         """The workflow's name, and the input that an instance was started with."""
@@ -819,6 +895,19 @@ class Store(ABC):
         return run
 
 
+def _run_by_run(parties: list[Party]) -> Iterator[list[Party]]:
+    """Parties that can be written together: the state of a run comes after the change that has begun the run."""
+    some: list[Party] = []
+    begun: set[str] = set()
+    for party in parties:
+        if party.state is not None and party.state.instance_id in begun:
+            yield some
+            some, begun = [], set()
+        some.append(party)
+        begun |= {change.instance_id for change in party.changes if isinstance(change, RunRow)}
+    yield some
+
+
 def _length(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes) else VALUE_BYTES
 
@@ -834,6 +923,11 @@ def check_packet(size: int, most_bytes: int) -> None:
             f"a row takes {size:,} bytes on its way to the server, which takes {most_bytes:,} at once: store large "
             f"data elsewhere and pass a reference, or raise the server's max_allowed_packet and restart the app"
         )
+
+
+def taken(event: HistoryRow, error: BaseException | None) -> HistoryConflictError:
+    """The error for an event whose place in history has been taken."""
+    return HistoryConflictError(f"another worker has recorded event {event.seq}: {error}")
 
 
 def fenced(worker_id: str) -> FencedError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from romancy.errors import ConfigurationError
 from romancy.storage.address import Address, ServerAddress, SqliteAddress
@@ -60,6 +60,11 @@ def _is_postgresql(address: Address) -> bool:
 
 def make_queries(store: Store) -> Queries:
     """The read side of this store's database; opens connections as they are needed."""
-    engine = create_async_engine(store.url(is_async=True), isolation_level="AUTOCOMMIT", pool_size=2, max_overflow=8)
-    store.set_up_reading(engine.sync_engine)
-    return Queries(engine, store.name)
+
+    def make_engine() -> AsyncEngine:
+        url = store.url(is_async=True)
+        engine = create_async_engine(url, isolation_level="AUTOCOMMIT", pool_size=2, max_overflow=8)
+        store.set_up_reading(engine.sync_engine)
+        return engine
+
+    return Queries(make_engine, store.name, store.url(is_async=True).get_backend_name())

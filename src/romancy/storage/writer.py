@@ -20,7 +20,7 @@ from romancy.errors import (
     FencedError,
     SchemaError,
 )
-from romancy.storage.batch import Batch, Member, Party
+from romancy.storage.batch import Batch, Member, OutsideParty, Party
 from romancy.storage.mail import Mail, Operation, Post
 from romancy.storage.rows import Change, HistoryRow, StartRow, StateRow
 
@@ -233,7 +233,7 @@ class Writer:
         await self._wait_for_room()
         self._check_open()
         posting = Posting(mail.mail_id, self._loop.create_future())
-        party = Party(posting)
+        party = OutsideParty(posting)
         party.mail = [mail]
         self._open.waiting.append(party)
         self._open.row_count += 1

@@ -1,0 +1,63 @@
+"""How often PostgreSQL is asked for what happens all the time: a round trip costs about what a small commit costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from romancy import App, Status, WorkflowContext, activity, current_activity, workflow
+from tests.databases import clean
+from tests.ledger import INSERT, create_ledger
+from tests.storage.test_lost_connections import behind_proxy
+from tests.support import RESULT_TIMEOUT_S, wait_for_status
+
+TRIES = 15
+"""What the worker asks by itself, to renew its lease or to find work, may come between in some of them."""
+
+
+@pytest.fixture
+def database(postgresql_url: str) -> Iterator[str]:
+    yield postgresql_url
+    clean(postgresql_url)
+
+
+async def test_event_that_ends_a_workflow_takes_six(database: str) -> None:
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await ctx.wait_event("paid", key=ctx.instance_id)
+
+    counts = []
+    with behind_proxy(database) as (proxy, url):
+        async with App(url) as app:
+            for _ in range(TRIES):
+                handle = await app.start_workflow(flow)
+                await wait_for_status(app, handle.instance_id, Status.WAITING_FOR_EVENT)
+                before = proxy.requests
+                await app.send_event("paid", key=handle.instance_id)
+                await handle.result(RESULT_TIMEOUT_S)
+                counts.append(proxy.requests - before)
+    # Begin and lock the topic, note the event, find who waits, deliver, commit; the end, in one.
+    assert min(counts) == 6, counts
+
+
+async def test_activity_with_a_session_takes_three(database: str) -> None:
+    create_ledger(database)
+
+    @activity
+    async def book() -> None:
+        await current_activity().session.execute(INSERT, {"token": "one"})
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await book()
+
+    counts = []
+    with behind_proxy(database) as (proxy, url):
+        async with App(url) as app:
+            for _ in range(TRIES):
+                before = proxy.requests
+                await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+                counts.append(proxy.requests - before)
+    # The start; begin, the user's row, the outcome with the commit; the end.
+    assert min(counts) == 5, counts
