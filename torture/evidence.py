@@ -89,6 +89,8 @@ class Evidence:
 FORBIDDEN_IN_LOGS = ("unforeseen", "never retrieved", " ERROR asyncio ", " is suspended: ")
 NOT_OURS = ("_terminate_graceful_close",)
 """SQLAlchemy gives up closing a connection of aiosqlite after 2 s, when its cancelled statement waits for a lock."""
+LINES_OF_AN_END = 12
+"""Enough for the last frames of a traceback and its exception."""
 FORESEEN = re.compile(r" of workflow changing is suspended: .*the history expects")
 """Its code differs from process to process, on purpose."""
 
@@ -129,15 +131,20 @@ def _text_of(log: Path) -> str:
 
 
 def complaints_in(log: Path) -> list[str]:
-    """The first lines of what should not be in a log."""
+    """What should not be in a log: of each entry the first line, and of one that tells more also its end."""
     entries = re.split(r"\n(?=\d{4}-\d\d-\d\d )", _text_of(log))
     return [
-        entry.partition("\n")[0]
+        _in_short(entry.rstrip().split("\n"))
         for entry in entries
         if any(words in entry for words in FORBIDDEN_IN_LOGS)
         and not any(words in entry for words in NOT_OURS)
         and not FORESEEN.search(entry)
     ]
+
+
+def _in_short(lines: list[str]) -> str:
+    shown = lines if len(lines) <= 1 + LINES_OF_AN_END else [lines[0], "…", *lines[-LINES_OF_AN_END:]]
+    return "\n    ".join(shown)
 
 
 def decoded(text: str | None) -> Any:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import Connection, make_url
 
 from romancy import (
     App,
@@ -23,6 +23,11 @@ from romancy import (
     workflow,
 )
 from romancy.storage import stores
+from romancy.storage.failures import HistoryConflictError
+from romancy.storage.mysql import MysqlStore
+from romancy.storage.postgresql import PostgresqlStore
+from romancy.storage.rows import HistoryRow
+from romancy.storage.server import ServerStore
 from tests.databases import Database, clean, execute, kind_of, rows
 from tests.ledger import INSERT, create_ledger
 from tests.proxy import Proxy, When
@@ -183,6 +188,58 @@ async def test_message_whose_commit_was_not_heard_of_is_delivered_once(server: s
             assert await handle.result(RESULT_TIMEOUT_S) == list(range(8))
             assert proxy.cuts == 8
     assert rows(server, "SELECT count(*) FROM romancy_mail") == [(0,)]
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "def"])
+@pytest.mark.parametrize("is_committed", [True, False], ids=["committed", "refused"])
+async def test_connection_that_breaks_when_all_has_been_said_changes_nothing(
+    server: str,
+    is_async: bool,
+    is_committed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    romancy_log: pytest.LogCaptureFixture,
+) -> None:
+    create_ledger(server)
+    commits: list[str] = []
+
+    def commit_and_cut(store: ServerStore, connection: Connection, worker: str, event: HistoryRow, *rest: Any) -> Any:
+        commits.append(worker)
+        line = store.line_of(connection)
+        assert line is not None
+        if is_committed:
+            commit_in[type(store)](store, connection, worker, event, *rest)
+        line.cut()
+        if not is_committed and len(commits) == 1:
+            raise HistoryConflictError("this is somebody else's")
+
+    commit_in = {kind: kind.commit_in for kind in (PostgresqlStore, MysqlStore)}
+    for kind in commit_in:
+        monkeypatch.setattr(kind, "commit_in", commit_and_cut)
+
+    @activity
+    async def book() -> None:
+        await current_activity().session.execute(INSERT, {"token": "once"})
+
+    @activity
+    def book_in_thread() -> None:
+        current_activity().session.execute(INSERT, {"token": "once"})
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> int:
+        await (book() if is_async else book_in_thread())
+        return 1
+
+    async with App(server) as app:
+        handle = await app.start_workflow(flow)
+        if is_committed:
+            assert await handle.result(RESULT_TIMEOUT_S) == 1
+        else:
+            async with asyncio.timeout(RESULT_TIMEOUT_S):
+                while "this is somebody else's" not in romancy_log.text:
+                    await asyncio.sleep(0.01)
+    assert len(commits) == 1
+    assert rows(server, "SELECT count(*) FROM ledger") == [(int(is_committed),)]
+    assert "unforeseen" not in romancy_log.text
 
 
 async def test_connection_that_mysql_ends_for_idleness_is_made_anew_before_it_is_missed(

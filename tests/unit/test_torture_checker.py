@@ -377,5 +377,22 @@ def test_complaints_in_logs_are_found_but_for_what_others_say(tmp_path: Path) ->
         "fan-1: the history expects A, the code has B. Restore code\n"
         "2026-01-01 00:00:06 1 ERROR romancy.engine instance changing-1 of workflow changing is suspended: poison\n"
     )
-    assert [entry[18:19] for entry in complaints_in(log)] == ["1", "3", "5", "6"]
+    found = complaints_in(log)
+    assert [entry[18:19] for entry in found] == ["1", "3", "5", "6"]
+    assert "Traceback" in found[0]
     assert complaints_in(tmp_path / "none.log") == []
+
+
+def test_complaint_tells_how_a_long_entry_ends(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    frames = "".join(f'  File "a.py", line {number}\n' for number in range(1, 60))
+    log.write_text(
+        "2026-01-01 00:00:01 1 ERROR romancy.engine an ending failed in an unforeseen way\n"
+        f"Traceback (most recent call last):\n{frames}ValueError: this and that\n"
+        "2026-01-01 00:00:02 1 INFO romancy.worker all is well\n"
+    )
+    (found,) = complaints_in(log)
+    lines = [line.strip() for line in found.split("\n")]
+    assert "an ending failed" in lines[0]
+    assert lines[1] == "…"
+    assert lines[-2:] == ['File "a.py", line 59', "ValueError: this and that"]

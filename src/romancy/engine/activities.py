@@ -230,7 +230,7 @@ class ActivityRunner:
         """Roll back what a thread has left behind that ended when nobody waited for it any more."""
         transaction = attempt.context.transaction
         if transaction is not None:
-            Thread(target=_close_quietly, args=(transaction,), name="romancy-late", daemon=True).start()
+            Thread(target=transaction.close_quietly, name="romancy-late", daemon=True).start()
 
     def _on_task_done(self, attempt: Attempt, task: asyncio.Task[Any]) -> None:
         self._leave(attempt)
@@ -516,10 +516,3 @@ class ActivityRunner:
         deadline = self.loop.time() + LONGEST_ENDING_S
         while self._endings and self.loop.time() < deadline:
             await asyncio.wait(set(self._endings), timeout=deadline - self.loop.time())
-
-
-def _close_quietly(transaction: ActivityTransaction) -> None:
-    try:
-        transaction.close_in_thread()
-    except Exception as error:
-        logger.debug("a session that nobody waited for any more closed with an error: %s", error)

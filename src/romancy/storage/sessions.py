@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from romancy.storage.rows import HistoryRow
 from romancy.storage.schema import workers
 from romancy.storage.store import Store
 from romancy.storage.watchdog import Line, answered_within
+
+logger = logging.getLogger("romancy.storage")
 
 LONG_TRANSACTION_S = 1.0
 WITH_SAVEPOINT: Literal["create_savepoint"] = "create_savepoint"
@@ -321,15 +324,14 @@ class ActivityTransaction:
                 self.post = self._engines.store.commit_in(connection, worker_id, event_row, renew_until, outgoing)
             self._is_committed = True
         except (DatabaseError, IntegrityError):
-            self.close_in_thread()
             raise
         except Exception as error:
-            self.close_in_thread()
             failure = database_error(error, self._engines.name)
             if is_lost(error):
                 raise CommitUnsureError(str(failure)) from error
             raise failure from error
-        self.close_in_thread()
+        finally:
+            self.close_quietly()
 
     async def close(self) -> None:
         """End the transaction; what is not committed is rolled back."""
@@ -342,6 +344,13 @@ class ActivityTransaction:
         self.is_over = True
         with answered_within(self._line, self._engines.store.patience_s):
             self._close_all(self._session, self._connection)
+
+    def close_quietly(self) -> None:
+        """The same, where nobody wants to hear of a connection that breaks meanwhile: all has been said."""
+        try:
+            self.close_in_thread()
+        except Exception as error:
+            logger.debug("the session of an activity closed with an error: %s", error)
 
     def _close_all(self, session: AsyncSession | Session | None, connection: Connection | None) -> None:
         try:
