@@ -349,7 +349,7 @@ class ActivityTransaction:
         """The same, where nobody wants to hear of a connection that breaks meanwhile: all has been said."""
         try:
             self.close_in_thread()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is: what became of the transaction is known)
             logger.debug("the session of an activity closed with an error: %s", error)
 
     def _close_all(self, session: AsyncSession | Session | None, connection: Connection | None) -> None:
