@@ -27,6 +27,7 @@ class Proxy:
         self.cuts = 0
         self.stalls = 0
         self.requests = 0
+        self.connections = 0
         self._lock = threading.Lock()
         self._left: int | None = None
         self._when: When = "before"
@@ -98,6 +99,7 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                self.connections += 1
                 server = self._reach_server()
                 if server is None:
                     _close(client)

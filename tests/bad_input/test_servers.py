@@ -58,8 +58,8 @@ class _Rows:
 async def test_unsafe_postgresql_is_refused(
     postgresql_url: str, answer: Any, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = PostgresqlStore.connect
-    monkeypatch.setattr(PostgresqlStore, "connect", lambda self: Answering(real(self), {"server_version_num": answer}))
+    real = PostgresqlStore._connect
+    monkeypatch.setattr(PostgresqlStore, "_connect", lambda self: Answering(real(self), {"server_version_num": answer}))
     with pytest.raises(DatabaseUnsafeError, match=says):
         await App(postgresql_url).start()
 

@@ -1,4 +1,7 @@
-"""How often PostgreSQL is asked for what happens all the time: a round trip costs about what a small commit costs."""
+"""How often a server is asked for what happens all the time, and how many connections are made for it.
+
+A round trip to PostgreSQL costs about what a small commit costs, and a connection more than ten of them.
+"""
 
 from __future__ import annotations
 
@@ -61,3 +64,27 @@ async def test_activity_with_a_session_takes_three(database: str) -> None:
                 counts.append(proxy.requests - before)
     # The start; begin, the user's row, the outcome with the commit; the end.
     assert min(counts) == 5, counts
+
+
+@pytest.mark.parametrize(("kind", "most"), [("postgresql", 3), ("mysql", 4)])
+async def test_app_makes_a_connection_for_each_use_and_no_more(
+    kind: str, most: int, request: pytest.FixtureRequest
+) -> None:
+    """One that writes, one that reads, one that listens; on MariaDB one that holds the lock it listens at."""
+
+    @activity
+    async def work() -> None:
+        return
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await work()
+
+    url: str = request.getfixturevalue(f"{kind}_url")
+    async with App(url):
+        pass  # the tables are made
+    with behind_proxy(url) as (proxy, through):
+        async with App(through) as app:
+            await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+        assert proxy.connections <= most
+    clean(url)

@@ -200,13 +200,11 @@ class MysqlStore(ServerStore):
                     f"ALTER TABLE {name} ENGINE = InnoDB"
                 )
 
-    def connect(self) -> MysqlLink:
-        return self._set_up(self._connect())
-
     def _connect_listener(self) -> Ear:
-        link = self._set_up(self._connect(LONGEST_WAIT_S))
+        link = self._connect(LONGEST_WAIT_S)
         holder: MysqlLink | None = None
         try:
+            self._set_up(link)
             if self._is_mariadb:
                 holder = self._connect()
             return Ear(link, holder)
@@ -216,24 +214,19 @@ class MysqlStore(ServerStore):
                     made.close()
             raise
 
-    def _set_up(self, link: MysqlLink) -> MysqlLink:
-        settings = [
-            "SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
-            # Shorter than our patience: the server is to give up first.
-            f"SESSION innodb_lock_wait_timeout = {max(1, math.floor(min(MOST_LOCK_WAIT_S, self.patience_s / 2)))}",
-            "SESSION time_zone = '+00:00'",
-        ]
+    def _set_up(self, link: Link) -> None:
+        assert isinstance(link, MysqlLink)
         # MySQL has a time for idle connections only, in a transaction or not: see is_stale.
         variable = "idle_transaction_timeout" if self._is_mariadb else "wait_timeout"
-        settings.append(f"SESSION {variable} = {self.idle_transaction_s}")
-        try:
-            for setting in settings:
-                link.execute(f"SET {setting}")
-            link.most_bytes = link.execute("SELECT @@max_allowed_packet").fetchone()[0] - PACKET_HEAD_BYTES
-        except BaseException:
-            link.close()
-            raise
-        return link
+        settings = {
+            # Shorter than our patience: the server is to give up first.
+            "innodb_lock_wait_timeout": max(1, math.floor(min(MOST_LOCK_WAIT_S, self.patience_s / 2))),
+            "time_zone": "'+00:00'",
+            variable: self.idle_transaction_s,
+        }
+        link.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        link.execute("SET " + ", ".join(f"SESSION {name} = {value}" for name, value in settings.items()))
+        link.most_bytes = link.execute("SELECT @@max_allowed_packet").fetchone()[0] - PACKET_HEAD_BYTES
 
     def _connect(self, sleep_s: float = 0.0) -> MysqlLink:
         url = self.url(is_async=False)

@@ -178,7 +178,7 @@ class PostgresqlStore(ServerStore):
                 f"acknowledged: ALTER DATABASE … SET synchronous_commit = on"
             )
 
-    def connect(self) -> PostgresqlLink:
+    def _connect(self) -> PostgresqlLink:
         return self._connect_to(self._url)
 
     def _connect_to(self, url: URL) -> PostgresqlLink:

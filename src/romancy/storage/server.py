@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -199,22 +198,37 @@ class ServerStore(Store):
     def migration_lock(self, connection: Connection) -> AbstractContextManager[None]:
         """Lets one process at a time migrate."""
 
-    def prepare(self, migrate: bool) -> str | None:
-        with contextlib.closing(self._connect()) as link:
+    def connect_first(self, migrate: bool) -> tuple[Link, str | None]:
+        link = self._connect()
+        try:
             self.check(link)
             found = _version_if_any(link)
-            if found == SCHEMA_VERSION:
-                self.check_tables(link)
-                return found
-        engine = create_engine(self.url(is_async=False), poolclass=NullPool, **self.migration_options())
-        found = ensure_server_schema(engine, self.name, self.migration_lock, migrate=migrate)
-        with contextlib.closing(self._connect()) as link:
+            if found != SCHEMA_VERSION:
+                engine = create_engine(self.url(is_async=False), poolclass=NullPool, **self.migration_options())
+                found = ensure_server_schema(engine, self.name, self.migration_lock, migrate=migrate)
             self.check_tables(link)
-        return found
+            self._set_up(link)
+        except BaseException:
+            link.close()
+            raise
+        return link, found
 
+    def connect(self) -> Link:
+        link = self._connect()
+        try:
+            self._set_up(link)
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    @abstractmethod
     def _connect(self) -> Link:
-        """A connection for a first look, while it is not known what server that is."""
-        return self.connect()
+        """A connection, with nothing set that it takes to know the server for."""
+
+    def _set_up(self, link: Link) -> None:
+        """Set what its server needs."""
+        del link
 
     def migration_options(self) -> dict[str, Any]:
         """Options for SQLAlchemy's engine behind migrations."""

@@ -87,7 +87,7 @@ class SqliteStore(Store):
 
     # -- opening and closing -----------------------------------------------------------------------
 
-    def prepare(self, migrate: bool) -> str | None:
+    def connect_first(self, migrate: bool) -> tuple[Link, str | None]:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: Python must be built with 3.35 or newer")
         if self.address.is_memory:
@@ -102,7 +102,8 @@ class SqliteStore(Store):
                 f"subprocess does, or multiprocessing with 'spawn'), or fork before any app has started"
             )
         _OPEN[self._opened] += 1
-        return ensure_schema(self.path, self.connect, migrate=migrate)
+        found = ensure_schema(self.path, self.connect, migrate=migrate)
+        return self.connect(), found
 
     def close(self) -> None:
         super().close()

@@ -143,11 +143,11 @@ class Store(ABC):
         """A new connection of the engine's own, with durable settings."""
 
     @abstractmethod
-    def prepare(self, migrate: bool) -> str | None:
+    def connect_first(self, migrate: bool) -> tuple[Link, str | None]:
         """Check the server's settings, and bring the tables up to date. Blocks.
 
         Returns:
-            The version of the tables that were there before.
+            A connection as :meth:`connect` makes it, and the version of the tables that were there before.
         """
 
     @abstractmethod
@@ -188,6 +188,16 @@ class Store(ABC):
 
     # -- opening and closing -----------------------------------------------------------------------
 
+    def prepare(self, migrate: bool) -> str | None:
+        """Check the server's settings, and bring the tables up to date, without opening the database. Blocks.
+
+        Returns:
+            The version of the tables that were there before.
+        """
+        link, found = self.connect_first(migrate)
+        link.close()
+        return found
+
     def open(self, migrate: bool) -> None:
         """Connect, check the server's settings and bring the tables up to date. Blocks.
 
@@ -195,8 +205,8 @@ class Store(ABC):
             DatabaseError: it can't be opened, or is not fit for durable work.
         """
         try:
-            self.prepare(migrate)
-            self._writer = ConnectionThread("romancy-writer", self._connect_again, is_beyond_use, self.is_stale)
+            first, _ = self.connect_first(migrate)
+            self._writer = ConnectionThread("romancy-writer", self._connect_again, is_beyond_use, self.is_stale, first)
             self._writer.open().result()
             self._reader = ConnectionThread("romancy-reader", self._connect_again, is_beyond_use, self.is_stale)
             self._reader.open().result()

@@ -38,6 +38,7 @@ class ConnectionThread:
         is_lost: whether this error says that the connection is of no more use.
         is_stale: whether the connection has lain idle for so long that its server may be about to end it; then it is
             made anew before the next job.
+        first: a connection to begin with; by default one is made.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ConnectionThread:
         connect: Callable[[], Link],
         is_lost: Callable[[BaseException], bool],
         is_stale: Callable[[Link], bool] = lambda _: False,
+        first: Link | None = None,
     ) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Job[Any]] | None] = queue.SimpleQueue()
         self._connect = connect
@@ -53,10 +55,11 @@ class ConnectionThread:
         self._is_stale = is_stale
         self._opened: Future[None] = Future()
         self._is_given_up = False
+        self._first = first
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def open(self) -> Future[None]:
-        """Start the thread and connect."""
+        """Start the thread, and connect unless there is a connection already."""
         self._thread.start()
         return self._opened
 
@@ -81,8 +84,11 @@ class ConnectionThread:
         self._is_given_up = True
 
     def _run(self) -> None:
+        link: Link | None = self._first
+        self._first = None
         try:
-            link: Link | None = self._connect()
+            if link is None:
+                link = self._connect()
         except BaseException as error:
             self._opened.set_exception(error)
             return
