@@ -46,10 +46,13 @@ PREPARE_AFTER = 5
 """Executions after which the driver lets the server keep a statement's plan."""
 
 PLANS_SERVE = 32
-"""Executions after which the server may have to plan prepared statements anew …"""
+"""Executions after which the server has to plan prepared statements anew; from then on twice as many each time …"""
+
+PLANS_SERVE_AT_MOST = 4_096
+"""… up to so many …"""
 
 PLANS_SERVE_S = 0.5
-"""… and seconds."""
+"""… and not oftener than after so many seconds."""
 
 MOST_TOGETHER = 64 * 1024 * 1024
 """Characters of a group commit in one statement; more are written in several."""
@@ -83,21 +86,26 @@ class PostgresqlLink(ServerLink):
         super().__init__(line, patience_s)
         self.connection = connection
         self._executed = 0
+        self._plans_serve = PLANS_SERVE
         self._planned_at = time.monotonic()
 
     def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
         self._executed += 1
-        if self._executed >= PLANS_SERVE and self.connection.prepare_threshold is not None:
+        if self._executed >= self._plans_serve and self.connection.prepare_threshold is not None:
             self._plan_anew()
         return self.connection.execute(sql.encode(), parameters)
 
     def _plan_anew(self) -> None:
-        """A plan made when a table was all but empty walks through all of it, and would be kept for a minute."""
+        """A plan made when a table was all but empty walks through all of it, and would be kept for a minute.
+
+        To plan takes longer than to execute: so the older the plans, the longer they serve.
+        """
         now = time.monotonic()
         # In a failed transaction nothing but its end would be carried out.
         has_failed = self.connection.info.transaction_status == TransactionStatus.INERROR
         if now - self._planned_at >= PLANS_SERVE_S and not has_failed:
             self._executed, self._planned_at = 0, now
+            self._plans_serve = min(2 * self._plans_serve, PLANS_SERVE_AT_MOST)
             self.connection.execute("DISCARD PLANS", (), prepare=False)
 
     def execute_together(self, *statements: str) -> Any:
@@ -429,6 +437,10 @@ def _of_ends(ends: Sequence[Operation]) -> list[Any]:
     return [[receipt.instance_id for receipt in receipts], _as_json(Receipt._fields, receipts), *[closed] * 3]
 
 
+_FEW = "v.instance_id = v.instance_id || ''"
+"""Always so. But the planner, which takes any JSON for 100 rows, takes those that fulfil this for one, and looks them
+up in the index; for 100 it would rather walk through a table of some thousand instances, at each flush."""
+
 _ALIVE = "EXISTS (SELECT FROM fence)"
 _OF_THESE = f"= ANY (CAST(%s AS text[])) AND {_ALIVE}"
 _END = (
@@ -460,7 +472,8 @@ def _flush_statement(fence: str, end: str) -> str:
         f"events AS (INSERT INTO {history.name} ({event}) SELECT {event} "
         f"FROM {_recordset(HistoryRow._fields)} WHERE {alive}), "
         f"states AS (UPDATE {instances.name} AS i SET {sets}, claims = 0 "
-        f"FROM {_recordset(StateRow._fields)} WHERE {alive} AND i.instance_id = v.instance_id AND i.owner = %s "
+        f"FROM {_recordset(StateRow._fields)} WHERE {alive} AND i.instance_id = v.instance_id AND {_FEW} "
+        f"AND i.owner = %s "
         f"RETURNING 1) {end}"
         f"SELECT {alive}, (SELECT array_agg(instance_id) FROM keyed), "
         f"1 / (CASE WHEN NOT {alive} OR (SELECT count(*) FROM states) = %s THEN 1 ELSE 0 END)"
