@@ -337,7 +337,9 @@ class Writer:
     def _send(self, batch: Batch) -> None:
         if self.stopped_by is not None:
             return
-        outcome = self._store.flush(batch, self._worker_id, self._renewal())
+        # Mail from outside is waited for, and needs no lease: it's not to pay for one.
+        renew_until = self._renewal() if any(party.needs_fence for party in batch.waiting) else None
+        outcome = self._store.flush(batch, self._worker_id, renew_until)
         outcome.add_done_callback(lambda done: self._post(batch, done))
 
     def _post(self, batch: Batch, done: Future[None]) -> None:
