@@ -36,13 +36,13 @@ class CrashPlan:
         self._loop = asyncio.get_running_loop()
         self._real: Callable[..., Future[None]] = Store.flush
 
-    def flush(self, store: Store, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+    def flush(self, store: Store, batch: Batch, worker_id: str | None) -> Future[None]:
         self.flushes += 1
         if self.flushes < self.at:
-            return self._real(store, batch, worker_id, renew_until)
+            return self._real(store, batch, worker_id)
         never: Future[None] = Future()
         if self.flushes == self.at and self.when == "after":
-            self._real(store, batch, worker_id, renew_until).add_done_callback(lambda _: self._stop())
+            self._real(store, batch, worker_id).add_done_callback(lambda _: self._stop())
         else:
             self._stop()
         return never
@@ -60,8 +60,8 @@ class CrashPlan:
         with pytest.MonkeyPatch.context() as patch:
             plan = self
 
-            def flush(store: Store, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
-                return plan.flush(store, batch, worker_id, renew_until)
+            def flush(store: Store, batch: Batch, worker_id: str | None) -> Future[None]:
+                return plan.flush(store, batch, worker_id)
 
             patch.setattr(Store, "flush", flush)
             yield self

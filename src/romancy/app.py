@@ -221,7 +221,7 @@ class App:
             if self._has_worker:
                 await self._begin_worker()
             else:
-                self._writer = Writer(self._store, None, lambda: None, self._on_client_stopped, self._on_post)
+                self._writer = Writer(self._store, None, self._on_client_stopped, self._on_post)
         except BaseException:
             await self._close()
             raise

@@ -42,7 +42,6 @@ def flush(
     starts: Sequence[StartRow] = (),
     state: StateRow | None = None,
     event: HistoryRow | None = None,
-    renew_until: int | None = None,
 ) -> Batch:
     batch = Batch(1)
     party = Party(Recorder())
@@ -51,7 +50,7 @@ def flush(
         party.history = [event]
     batch.waiting.append(party)
     batch.row_count = 1
-    store.flush(batch, worker_id, renew_until).result()
+    store.flush(batch, worker_id).result()
     return batch
 
 
@@ -68,7 +67,7 @@ def test_lease_that_was_lost_is_not_renewed(stores: list[Store], any_database: D
     assert stores[1].bury("me-0", 3 * NOW_US, is_gone=False).result()
     assert not stores[0].renew("me-0", 9 * NOW_US).result()
     with pytest.raises(FencedError):
-        flush(stores[0], "me-0", starts=[pending("it")], renew_until=9 * NOW_US)
+        flush(stores[0], "me-0", starts=[pending("it")])
     found = rows(any_database, "SELECT state, lease_until FROM romancy_workers WHERE worker_id = 'me-0'")
     assert found == [("dead", 2 * NOW_US)]
 

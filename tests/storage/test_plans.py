@@ -20,7 +20,6 @@ STATES = """'[{"instance_id": "none"}]'"""
 PARAMETERS = {
     "client": [NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS, "NULL", "0"],
     "worker": ["'me'", NO_ROWS, NO_ROWS, NO_ROWS, STATES, "'me'", "0"],
-    "renewal": ["0", "'me'", NO_ROWS, NO_ROWS, NO_ROWS, STATES, "'me'", "0"],
 }
 
 
@@ -43,7 +42,7 @@ def test_flush_walks_through_no_instances(store: PostgresqlStore, postgresql_url
         "INSERT INTO romancy_instances (instance_id, run, workflow_name, status, claims, created_at, updated_at, input)"
         f" SELECT 'i' || n, 1, 'flow', 'running', 0, 0, 0, repeat('x', 200) FROM generate_series(1, {rows}) n",
     )
-    statements = {"client": store._flush_as_client, "worker": store._flush_as_worker, "renewal": store._flush_and_renew}
+    statements = {"client": store._flush_as_client, "worker": store._flush_as_worker}
     number = count(1)
     parts = statements[by][0].split("%s")
     statement = "".join(f"{part}${next(number)}" for part in parts[:-1]) + parts[-1]

@@ -24,7 +24,6 @@ from romancy import (
 from romancy.errors import FencedError
 from romancy.storage import writer as writer_module
 from romancy.storage.batch import Batch, Party, Written, run_batch
-from romancy.storage.posting import request_mail
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.store import Store
 from romancy.storage.writer import Recorder, Writer
@@ -37,10 +36,8 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.batches: list[tuple[Batch, Future[None]]] = []
-        self.renewals: list[int | None] = []
 
-    def flush(self, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
-        self.renewals.append(renew_until)
+    def flush(self, batch: Batch, worker_id: str | None) -> Future[None]:
         future: Future[None] = Future()
         self.batches.append((batch, future))
         return future
@@ -57,7 +54,7 @@ class Member(Recorder):
 
 def make(store: FakeStore) -> tuple[Writer, list[DatabaseError]]:
     stopped: list[DatabaseError] = []
-    return Writer(store, "me", lambda: None, stopped.append), stopped
+    return Writer(store, "me", stopped.append), stopped
 
 
 def event(seq: int) -> HistoryRow:
@@ -87,19 +84,6 @@ async def test_what_comes_in_one_turn_of_the_loop_shares_a_commit() -> None:
     await turns()
     assert len(store.batches) == 1
     assert [len(party.history) for party in store.batches[0][0].waiting] == [2] * 5
-
-
-async def test_mail_from_outside_does_not_wait_for_a_renewal_of_the_lease() -> None:
-    store = FakeStore()
-    due = [7]
-    writer = Writer(store, "me", lambda: due.pop() if due else None, lambda _: None)
-    posting = asyncio.ensure_future(writer.post(request_mail("m", "i", "cancel", "{}")))
-    await turns()
-    store.batches[0][1].set_result(None)
-    await posting
-    writer.record(Member(), event(1))
-    await turns()
-    assert store.renewals == [None, 7]
 
 
 async def test_next_batch_fills_while_one_is_in_flight_and_callbacks_wait_for_their_own() -> None:

@@ -22,12 +22,10 @@ MUTANTS = (
     Mutant(
         "no fence in the writer",
         "storage/store.py",
-        """        if renew_until is None:
+        """        if worker_id is not None:
             self._check_fence(link, worker_id, self._statements.fence)
-        elif link""",
-        """        if renew_until is None:
-            return
-        elif link""",
+        for""",
+        """        for""",
         (f"{WORKERS}::test_zombie_writes_nothing_more_and_the_app_begins_a_new_life",),
     ),
     Mutant(

@@ -83,13 +83,6 @@ class Lease:
         """Until when a lease renewed now would hold."""
         return self._now_us() + round(self._ttl_s * 1_000_000)
 
-    def ride_along(self) -> int | None:
-        """A new deadline for a flush to write on its way, when a renewal is due soon anyway."""
-        if self._is_given_up or time.monotonic() - self._renewed_at < self._ttl_s / 4:
-            return None
-        self._renewed_at = time.monotonic()
-        return self.deadline_us()
-
     def _run(self) -> None:
         while not self._stop.wait(min(LOOK_INTERVAL_S, self._ttl_s / 8)):
             stalled_s = self._look_at_loop()

@@ -139,7 +139,7 @@ class Worker:
             CODE_NAMES,
             lambda: self.on_fenced(FencedError(f"worker {self.worker_id} has lost its lease")),
         )
-        self.writer = Writer(store, self.worker_id, self._lease.ride_along, self._on_writer_stopped, self.on_post)
+        self.writer = Writer(store, self.worker_id, self._on_writer_stopped, self.on_post)
         self._runner = ActivityRunner(self, engines, settings.max_activities, settings.activity_threads)
         self._live: dict[str, LiveInstance] = {}
         self._ending: set[str] = set()

@@ -155,10 +155,6 @@ class PostgresqlStore(ServerStore):
         self._flush_as_worker = _flush_statements(
             f"SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' AND {bounded} <> '' FOR SHARE"
         )
-        self._flush_and_renew = _flush_statements(
-            f"UPDATE {workers.name} SET lease_until = %s WHERE worker_id = %s AND state = 'alive' AND {bounded} <> '' "
-            f"RETURNING 1"
-        )
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -269,25 +265,18 @@ class PostgresqlStore(ServerStore):
         elif len(link.execute_together(*self._begin_together, locking(slots)).fetchall()) < len(slots):
             self._lock(link, slots)
 
-    def _write_parties(
-        self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None, renew_until: int | None
-    ) -> Written:
+    def _write_parties(self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None) -> Written:
         ends = [operation for party in parties for operation in party.mail]
         is_one_statement = self._is_read_committed and not any(party.changes for party in parties)
         if not is_one_statement or not all(isinstance(end, Receipt | Closing) for end in ends):
-            return super()._write_parties(link, batch, parties, worker_id, renew_until)
-        return Written(self._write_together(link, parties, worker_id, renew_until, ends))
+            return super()._write_parties(link, batch, parties, worker_id)
+        return Written(self._write_together(link, parties, worker_id, ends))
 
-    def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None) -> set[str]:
-        return self._write_together(link, parties, worker_id, renew_until, ())
+    def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None) -> set[str]:
+        return self._write_together(link, parties, worker_id, ())
 
     def _write_together(
-        self,
-        link: Link,
-        parties: list[Party],
-        worker_id: str | None,
-        renew_until: int | None,
-        ends: Sequence[Operation],
+        self, link: Link, parties: list[Party], worker_id: str | None, ends: Sequence[Operation]
     ) -> set[str]:
         """Write all rows in one statement, the ends of deliveries and mailboxes included; see :meth:`_write_rows`."""
         states = [p.state for p in parties if p.state is not None]
@@ -300,10 +289,8 @@ class PostgresqlStore(ServerStore):
         _check_size(rows, len(parties))
         if worker_id is None:
             statements, fence = self._flush_as_client, list[Any]()
-        elif renew_until is None:
-            statements, fence = self._flush_as_worker, [worker_id]
         else:
-            statements, fence = self._flush_and_renew, [renew_until, worker_id]
+            statements, fence = self._flush_as_worker, [worker_id]
         parameters = [*fence, *rows, worker_id, *(_of_ends(ends) if ends else ()), len(states)]
         # An instance that is not this worker's makes the division fail, and with it the whole statement.
         is_alive, inserted, _ = link.execute(statements[bool(ends)], parameters).fetchone()

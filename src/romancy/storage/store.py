@@ -266,7 +266,7 @@ class Store(ABC):
 
     # -- the group commit --------------------------------------------------------------------------
 
-    def flush(self, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+    def flush(self, batch: Batch, worker_id: str | None) -> Future[None]:
         """Commit a batch in one transaction, under the worker's fence.
 
         Rows that a constraint refuses are found and left out; the batch names their parties. After a connection was
@@ -277,7 +277,7 @@ class Store(ABC):
             if batch.is_unsure:
                 self._leave_out_what_is_durable(link, batch, worker_id)
             try:
-                run_batch(batch, lambda parties: self._write_parties(link, batch, parties, worker_id, renew_until))
+                run_batch(batch, lambda parties: self._write_parties(link, batch, parties, worker_id))
             except Exception as error:
                 batch.is_unsure = batch.is_unsure or is_lost(error)
                 raise
@@ -288,17 +288,15 @@ class Store(ABC):
 
         return self._write(job)
 
-    def _write_parties(
-        self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None, renew_until: int | None
-    ) -> Written:
+    def _write_parties(self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None) -> Written:
         """Commit these parties' rows in one transaction, under the fence."""
         mail = [operation for party in parties for operation in party.mail]
         with self._transaction(link, slots_of(mail)):
             desk = MailDesk(on_link(link, self.mark), self.kind, self.workflow_clock.now_us(), self.most_bytes)
             inserted: set[str] = set()
             for some in _run_by_run(parties):
-                if renew_until is not None or any(party.needs_fence for party in some):
-                    inserted |= self._write_rows(link, some, worker_id, renew_until)
+                if any(party.needs_fence for party in some):
+                    inserted |= self._write_rows(link, some, worker_id)
                 for party in some:
                     for change in party.changes:
                         assert worker_id is not None
@@ -307,11 +305,11 @@ class Store(ABC):
                         self._change_instance(link, change, owner)
             return Written(inserted, desk.handle(mail, is_repeated=batch.is_unsure) if mail else None)
 
-    def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None, renew_until: int | None) -> set[str]:
+    def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None) -> set[str]:
         """Write all rows but the mail, under the fence; returns the ids of the new keyed starts."""
         inserted: set[str] = set()
         if worker_id is not None:
-            self._check_or_renew(link, worker_id, renew_until)
+            self._check_fence(link, worker_id, self._statements.fence)
         for sql, values, _ in self._starts.pieces([row for p in parties for row in p.starts], self.most_bytes):
             link.execute(sql, values)
         keyed = [row for p in parties for row in p.keyed_starts]
@@ -424,12 +422,6 @@ class Store(ABC):
 
     def _check_fence(self, link: Link, worker_id: str, statement: Prepared) -> None:
         if link.execute(*statement(me=worker_id)).fetchone() is None:
-            raise fenced(worker_id)
-
-    def _check_or_renew(self, link: Link, worker_id: str, renew_until: int | None) -> None:
-        if renew_until is None:
-            self._check_fence(link, worker_id, self._statements.fence)
-        elif link.execute(*self._statements.renew(me=worker_id, lease_until=renew_until)).rowcount != 1:
             raise fenced(worker_id)
 
     @contextlib.contextmanager

@@ -121,7 +121,7 @@ class Start:
 class BatchStore(Protocol):
     """What the writer needs of a database."""
 
-    def flush(self, batch: Batch, worker_id: str | None, renew_until: int | None) -> Future[None]:
+    def flush(self, batch: Batch, worker_id: str | None) -> Future[None]:
         """Commit a batch under the worker's fence."""
         ...
 
@@ -132,7 +132,6 @@ class Writer:
     Args:
         store: where batches go.
         worker_id: whose fence every batch checks; ``None`` in an app without a worker.
-        renewal: called at each flush; a time to which the lease is to be renewed on the way, or ``None``.
         on_stopped: called once when no further write is possible: the lease was lost, or the database is
             beyond hope.
         on_post: called with what became of the mail of a durable batch.
@@ -145,13 +144,11 @@ class Writer:
         self,
         store: BatchStore,
         worker_id: str | None,
-        renewal: Callable[[], int | None],
         on_stopped: Callable[[DatabaseError], None],
         on_post: Callable[[Post], None] = lambda post: None,
     ) -> None:
         self._store = store
         self._worker_id = worker_id
-        self._renewal = renewal
         self._on_stopped = on_stopped
         self._on_post = on_post
         self._loop = asyncio.get_running_loop()
@@ -337,9 +334,7 @@ class Writer:
     def _send(self, batch: Batch) -> None:
         if self.stopped_by is not None:
             return
-        # Mail from outside is waited for, and needs no lease: it's not to pay for one.
-        renew_until = self._renewal() if any(party.needs_fence for party in batch.waiting) else None
-        outcome = self._store.flush(batch, self._worker_id, renew_until)
+        outcome = self._store.flush(batch, self._worker_id)
         outcome.add_done_callback(lambda done: self._post(batch, done))
 
     def _post(self, batch: Batch, done: Future[None]) -> None:
