@@ -72,6 +72,13 @@ def test_lease_that_was_lost_is_not_renewed(stores: list[Store], any_database: D
     assert found == [("dead", 2 * NOW_US)]
 
 
+def test_lost_lease_is_told_before_what_came_of_it(stores: list[Store], any_database: Database) -> None:
+    flush(stores[0], "me-0", event=event("first"))
+    assert stores[1].bury("me-0", 3 * NOW_US, is_gone=False).result()
+    with pytest.raises(FencedError):
+        flush(stores[0], "me-0", event=event("second"))
+
+
 def test_worker_that_has_renewed_meanwhile_is_not_buried(stores: list[Store], any_database: Database) -> None:
     # It was seen expired; before the burial it renews.
     assert stores[0].renew("me-0", 4 * NOW_US).result()

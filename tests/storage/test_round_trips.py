@@ -12,7 +12,7 @@ import pytest
 from romancy import App, Status, WorkflowContext, activity, current_activity, workflow
 from tests.databases import clean
 from tests.ledger import INSERT, create_ledger
-from tests.storage.test_lost_connections import behind_proxy
+from tests.storage.test_lost_connections import behind_proxy, in_plain_text
 from tests.support import RESULT_TIMEOUT_S, wait_for_status
 
 TRIES = 15
@@ -25,13 +25,16 @@ def database(postgresql_url: str) -> Iterator[str]:
     clean(postgresql_url)
 
 
-async def test_event_that_ends_a_workflow_takes_six(database: str) -> None:
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
+async def test_event_that_ends_a_workflow_takes_six(kind: str, request: pytest.FixtureRequest) -> None:
+    database: str = request.getfixturevalue(f"{kind}_url")
+
     @workflow
     async def flow(ctx: WorkflowContext) -> None:
         await ctx.wait_event("paid", key=ctx.instance_id)
 
     counts = []
-    with behind_proxy(database) as (proxy, url):
+    with behind_proxy(in_plain_text(database)) as (proxy, url):
         async with App(url) as app:
             for _ in range(TRIES):
                 handle = await app.start_workflow(flow)
@@ -40,7 +43,9 @@ async def test_event_that_ends_a_workflow_takes_six(database: str) -> None:
                 await app.send_event("paid", key=handle.instance_id)
                 await handle.result(RESULT_TIMEOUT_S)
                 counts.append(proxy.requests - before)
-    # Begin and lock the topic, note the event, find who waits, deliver, commit; the end, in one.
+    clean(database)
+    # PostgreSQL: begin and lock the topic, note the event, find who waits, deliver, commit; the end, in one.
+    # MySQL: begin and lock the topic, note the event, find who waits, deliver with the commit; the end, its commit.
     assert min(counts) == 6, counts
 
 
@@ -64,6 +69,27 @@ async def test_activity_with_a_session_takes_three(database: str) -> None:
                 counts.append(proxy.requests - before)
     # The start; begin, the user's row, the outcome with the commit; the end.
     assert min(counts) == 5, counts
+
+
+async def test_commit_on_mysql_takes_two(mysql_url: str) -> None:
+    @activity
+    async def work() -> None:
+        return
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await work()
+
+    counts = []
+    with behind_proxy(in_plain_text(mysql_url)) as (proxy, url):
+        async with App(url) as app:
+            for _ in range(TRIES):
+                before = proxy.requests
+                await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+                counts.append(proxy.requests - before)
+    clean(mysql_url)
+    # The start; the activity's outcome with the end.
+    assert min(counts) == 4, counts
 
 
 @pytest.mark.parametrize(("kind", "most"), [("postgresql", 3), ("mysql", 4)])

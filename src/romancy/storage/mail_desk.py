@@ -88,10 +88,14 @@ class MailDesk:
         dialect: ``sqlite``, ``postgresql`` or ``mysql``.
         now_us: by the database's clock; mail that has expired by then is not there.
         most_bytes: how long a statement may be, with its values.
+        run: the same as ``execute``, for statements whose result nobody looks at.
     """
 
-    def __init__(self, execute: Execute, dialect: str, now_us: int, most_bytes: int | None = None) -> None:
+    def __init__(
+        self, execute: Execute, dialect: str, now_us: int, most_bytes: int | None = None, run: Execute | None = None
+    ) -> None:
         self._execute = execute
+        self._run = run or execute
         self._dialect = dialect
         self._now_us = now_us
         self._most_bytes = most_bytes
@@ -262,7 +266,7 @@ class MailDesk:
         known = self._known(firsts) if is_repeated else {}
         new = [self._note(sent) for digest, sent in sorted(firsts.items()) if digest not in known]
         # Who sends the same at this very moment is waited for.
-        if self.insert(seen.name, ("digest", "mail_id", "expires_at"), new, ignore=True) < len(new):
+        if self._insert_new(seen.name, ("digest", "mail_id", "expires_at"), new) < len(new):
             found = self._known(firsts)
             known |= {digest: mail_id for digest, mail_id in found.items() if mail_id != firsts[digest].mail_id}
         fresh: list[Mail] = []
@@ -433,24 +437,29 @@ class MailDesk:
         """Makes MySQL take this index; its statistics may be of a time when the table was all but empty."""
         return f" FORCE INDEX ({index})" if self._dialect == "mysql" else ""
 
-    def insert(self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool = False) -> int:
-        """Insert rows; with ``ignore``, those whose keys are new. Returns how many it has inserted."""
-        return sum(self._execute(*one).rowcount for one in self._insertion(table, fields, rows, ignore=ignore))
+    def insert(self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool = False) -> None:
+        """Insert rows; with ``ignore``, those whose keys are new."""
+        for sql, values in self._insertion(table, fields, rows, ignore=ignore):
+            self._run(sql, values)
+
+    def _insert_new(self, table: str, fields: Sequence[str], rows: Sequence[Row]) -> int:
+        """Insert those rows whose keys are new; returns how many they are."""
+        return sum(self._execute(*one).rowcount for one in self._insertion(table, fields, rows, ignore=True))
 
     def delete(self, table: str, fields: Sequence[str], keys: Sequence[Row]) -> None:
         """Delete rows by these fields."""
         for sql, values in self._deletion(table, fields, keys):
-            self._execute(sql, values)
+            self._run(sql, values)
 
     def _run_all(self, statements: Sequence[Statement]) -> None:
         """Run statements that have nothing to do with each other; where it can be, a few of them at once."""
         if self._dialect != "postgresql" or not 1 < len(statements) <= MOST_AT_ONCE:
             for sql, values in statements:
-                self._execute(sql, values)
+                self._run(sql, values)
             return
         *others, (last, _) = statements
         parts = ", ".join(f"part_{n} AS ({sql})" for n, (sql, _) in enumerate(others))
-        self._execute(f"WITH {parts} {last}", [value for _, values in statements for value in values])
+        self._run(f"WITH {parts} {last}", [value for _, values in statements for value in values])
 
     def _insertion(
         self, table: str, fields: Sequence[str], rows: Sequence[Row], *, ignore: bool

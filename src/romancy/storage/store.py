@@ -67,7 +67,7 @@ from romancy.storage.statements import (
     insert_into,
     statements_for,
 )
-from romancy.storage.threads import ConnectionThread, Job, Link
+from romancy.storage.threads import Check, ConnectionThread, Job, Link, no_check
 from romancy.storage.watchdog import Line, Watchdog
 
 logger = logging.getLogger("romancy.storage")
@@ -292,7 +292,7 @@ class Store(ABC):
         """Commit these parties' rows in one transaction, under the fence."""
         mail = [operation for party in parties for operation in party.mail]
         with self._transaction(link, slots_of(mail)):
-            desk = MailDesk(on_link(link, self.mark), self.kind, self.workflow_clock.now_us(), self.most_bytes)
+            desk = self._desk(link)
             inserted: set[str] = set()
             for some in _run_by_run(parties):
                 if any(party.needs_fence for party in some):
@@ -305,18 +305,25 @@ class Store(ABC):
                         self._change_instance(link, change, owner)
             return Written(inserted, desk.handle(mail, is_repeated=batch.is_unsure) if mail else None)
 
+    def _desk(self, link: Link) -> MailDesk:
+        def run(sql: str, parameters: Sequence[Any] = ()) -> None:
+            self._run_with_next(link, sql.replace("?", self.mark), parameters)
+
+        now_us = self.workflow_clock.now_us()
+        return MailDesk(on_link(link, self.mark), self.kind, now_us, self.most_bytes, run)
+
     def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None) -> set[str]:
         """Write all rows but the mail, under the fence; returns the ids of the new keyed starts."""
         inserted: set[str] = set()
         if worker_id is not None:
             self._check_fence(link, worker_id, self._statements.fence)
         for sql, values, _ in self._starts.pieces([row for p in parties for row in p.starts], self.most_bytes):
-            link.execute(sql, values)
+            self._run_with_next(link, sql, values)
         keyed = [row for p in parties for row in p.keyed_starts]
         if keyed:
             inserted = self._insert_keyed(link, keyed)
         for sql, values, _ in self._history.pieces([row for p in parties for row in p.history], self.most_bytes):
-            link.execute(sql, values)
+            self._run_with_next(link, sql, values)
         states = [p.state for p in parties if p.state is not None]
         if states:
             assert worker_id is not None
@@ -421,8 +428,11 @@ class Store(ABC):
         return row is not None and (row[2] or start.owner, row[-1]) == (start.owner, start.created_at)
 
     def _check_fence(self, link: Link, worker_id: str, statement: Prepared) -> None:
-        if link.execute(*statement(me=worker_id)).fetchone() is None:
-            raise fenced(worker_id)
+        def check(_count: int, rows: Sequence[Any]) -> None:
+            if not rows:
+                raise fenced(worker_id)
+
+        self._run_with_next(link, *statement(me=worker_id), check=check)
 
     @contextlib.contextmanager
     def _transaction(self, link: Link, slots: Sequence[int] = ()) -> Iterator[None]:
@@ -432,6 +442,7 @@ class Store(ABC):
             try:
                 self._begin(link, slots)
                 yield
+                self._settle(link)
                 link.execute("COMMIT")
             except BaseException as error:
                 self._roll_back(link, error)
@@ -440,11 +451,26 @@ class Store(ABC):
             self.write_lock.release()
 
     def _begin(self, link: Link, slots: Sequence[int]) -> None:
-        link.execute(self.begin)
+        self._run_with_next(link, self.begin)
         self._lock(link, slots)
 
     def _lock(self, link: Link, slots: Sequence[int]) -> None:
         MailDesk(on_link(link, self.mark), self.kind, 0).lock_slots(slots)
+
+    def _run_with_next(self, link: Link, sql: str, parameters: Sequence[Any] = (), check: Check = no_check) -> None:
+        """Run a statement of a transaction whose result is only looked at: in one round trip with the next, if it may.
+
+        Args:
+            check: called, before the commit at the latest, with how many rows were affected, and with those found;
+                refuses them by raising.
+        """
+        cursor = link.execute(sql, parameters)
+        if check is not no_check:
+            check(cursor.rowcount, cursor.fetchall())
+
+    def _settle(self, link: Link) -> None:
+        """Whatever :meth:`_run_with_next` was given to check has been run and checked after this."""
+        del link
 
     def _roll_back(self, link: Link, error: BaseException) -> None:
         if not is_lost(error):

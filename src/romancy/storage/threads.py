@@ -27,6 +27,12 @@ class Link(Protocol):
 
 
 Job = Callable[[Link], T]
+Check = Callable[[int, Sequence[Any]], None]
+"""Refuses, by raising, a statement's result: how many rows it affected, and those it found."""
+
+
+def no_check(_count: int, _rows: Sequence[Any]) -> None:
+    """Any result will do."""
 
 
 class ConnectionThread:
