@@ -120,7 +120,7 @@ class ServerWatch:
 
     def durability(self, app: App) -> Result:
         """Asks the connection that the group commits go over."""
-        thread = app._store._writer
+        thread = app._life.store._writer
         assert thread is not None
         return thread.submit(
             lambda link: server_settings(self._kind, lambda query: link.execute(query).fetchone())

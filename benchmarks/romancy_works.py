@@ -347,10 +347,10 @@ async def sleepers(args: argparse.Namespace, place: Place) -> Result:
         due = datetime.now(UTC) + timedelta(seconds=lead_s)
         spread = timedelta(seconds=1) / args.count
         started = time.perf_counter()
-        commits = app._writer.committed
+        commits = app._life.writer.committed
         await timed_bounded(lambda n: app.start_workflow(alarm, due + n * spread), args.count, 512)
         start_seconds = time.perf_counter() - started
-        commits = app._writer.committed - commits
+        commits = app._life.writer.committed - commits
         if datetime.now(UTC) >= due:
             raise RuntimeError(f"the start took {start_seconds:.0f} s: longer than until the first was due")
         resident = resident_bytes()

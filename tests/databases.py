@@ -39,7 +39,7 @@ NAMES = {"postgresql": "PostgreSQL", "mysql": "MySQL or MariaDB"}
 
 def database_of(app: App) -> Database:
     """The database of an app that runs, for :func:`rows`."""
-    path = getattr(app._store, "path", None)
+    path = getattr(app._life.store, "path", None)
     return Path(path) if path is not None else str(app.address)
 
 

@@ -69,23 +69,22 @@ class CrashPlan:
 
 async def crash(app: App) -> None:
     """End an app as a killed process would: nothing is written any more, nothing is handed back."""
-    worker = app._worker
-    app._process_id = None
+    worker = app._life.worker
+    app._life.process_id = None
     assert worker is not None
     worker._is_stopping = True
     worker.writer.stop(DatabaseError("the test crashed this app"))
     await worker.abandon()
     worker_id = worker.worker_id
-    app._worker = None
-    for task in list(app._tasks):
+    app._life.worker = None
+    for task in list(app._life._tasks):
         task.cancel()
-    if app._poller is not None:
-        app._poll_wanted.set()
-        await app._poller
-    await app._queries.dispose()
-    await app._engines.dispose()
+    for task in app._life.poller.stop():
+        await task
+    await app._life.queries.dispose()
+    await app._life.engines.dispose()
     database = database_of(app)
-    await asyncio.to_thread(app._store.close)
+    await asyncio.to_thread(app._life.store.close)
     forget_process(database, worker_id)
 
 
@@ -99,7 +98,7 @@ async def until_quiet(app: App, state: Callable[[], Any]) -> None:
     calm = 0
     seen: Any = None
     while calm < 12:
-        worker = app._worker
+        worker = app._life.worker
         if worker is not None:
             await worker.writer.drained()
         await asyncio.sleep(0)
@@ -112,7 +111,7 @@ async def until_live(app: App, instance_id: str) -> None:
     """Wait until the app's worker has brought the instance to where its history ends."""
     async with asyncio.timeout(RESULT_TIMEOUT_S):
         while True:
-            worker = app._worker
+            worker = app._life.worker
             instance = None if worker is None else worker._live.get(instance_id)
             if instance is not None and not instance.is_replaying:
                 return
@@ -131,9 +130,9 @@ async def wait_for_status(app: App, instance_id: str, status: Status) -> None:
 
 async def _news(app: App) -> None:
     """Wait until the app's worker has committed something; or for a while, for others may have."""
-    worker = app._worker
+    worker = app._life.worker
     committed = worker and worker.writer.committed
     for _ in range(10):
         await asyncio.sleep(0.002)
-        if worker is None or app._worker is not worker or worker.writer.committed != committed:
+        if worker is None or app._life.worker is not worker or worker.writer.committed != committed:
             return

@@ -57,8 +57,8 @@ async def _run(database: Database, name: str) -> None:
     await start(app)
     try:
         while not stop.is_set():
-            if app._broken is not None:
-                raise RomancyError(f"the app has given up: {app._broken}")
+            if app._life.broken is not None:
+                raise RomancyError(f"the app has given up: {app._life.broken}")
             try:
                 async with asyncio.timeout(LOOK_INTERVAL_S):
                     await stop.wait()

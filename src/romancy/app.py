@@ -1,74 +1,46 @@
-"""The composition root: ``App`` opens the database, runs a worker, and is what users call."""
+"""The composition root: ``App`` puts the parts together, and is what users call."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
-from enum import Enum
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from romancy.clock import Clock, SystemClock
-from romancy.context import CURRENT_ACTIVITY
-from romancy.definitions import DEFAULT_CATALOGUE, Catalogue, Workflow
-from romancy.engine.messaging import mode_conflict
-from romancy.engine.worker import LONGEST_FAREWELL_S, Worker
-from romancy.envelopes import EventHead, checked_name, checked_time, encode_data, message_body
-from romancy.errors import (
-    AppNotRunningError,
-    ConfigurationError,
-    DatabaseError,
-    FencedError,
-    InstanceConflictError,
-    InstanceStateError,
-    ResultTimeoutError,
-    SessionError,
-    UnknownWorkflowError,
-)
-from romancy.handle import WorkflowHandle, not_found
-from romancy.ids import IdSource
+from romancy.client.reading import Reading
+from romancy.client.requests import Requests
+from romancy.client.sending import Sending
+from romancy.client.starts import Starts
+from romancy.clock import Clock
+from romancy.context.activity import check_no_open_transaction
+from romancy.definitions import Catalogue, Workflow
+from romancy.handle import WorkflowHandle
+from romancy.lifecycle import Lifecycle
 from romancy.model import HistoryEvent, Instance, InstancePage, Status
-from romancy.outcomes import Outcome, Outcomes
+from romancy.outcomes import Outcome
 from romancy.retry import RetryPolicy, Seconds, as_seconds
-from romancy.serde import check_size, dump_plain
-from romancy.starting import check_same, checked_id, pending_row
-from romancy.storage.address import parse_address
-from romancy.storage.again import Fork
+from romancy.settings import (
+    DEFAULT_PAYLOAD_BYTES,
+    Default,
+    Settings,
+    chosen_address,
+    long_enough_lease_s,
+    pool_options,
+    positive,
+    usual_name,
+)
+from romancy.storage.address import Address, parse_address
 from romancy.storage.filters import JsonScalar
 from romancy.storage.given import GivenEngines
-from romancy.storage.joining import after_commit, insert_start
-from romancy.storage.mail import CANCEL, SUSPEND, Post
-from romancy.storage.posting import event_mail, message_mail, request_mail
-from romancy.storage.queries import Queries
-from romancy.storage.rows import StartRow, StateRow
-from romancy.storage.sessions import SessionEngines
-from romancy.storage.store import Store
-from romancy.storage.stores import make_queries, make_store
-from romancy.storage.writer import Writer
-
-logger = logging.getLogger("romancy.app")
+from romancy.storage.rows import StateRow
 
 R = TypeVar("R")
 A = TypeVar("A")
 B = TypeVar("B")
-
-DEFAULT_PAYLOAD_BYTES = 2 * 1024 * 1024
-OUTCOME_POLL_S = 1.0
-SHORTEST_POLL_S = 0.02
-
-
-class Default(Enum):
-    """What stands for an option that was not given."""
-
-    DATABASE = "romancy.db"
 
 
 class App:
@@ -151,47 +123,52 @@ class App:
         listen_on: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._given = GivenEngines(engine, sync_engine)
-        if not isinstance(database, Default):
-            self.address = parse_address(database)
-        else:
-            self.address = self._given.address() if self._given else parse_address(database.value)
-        self._given.check(self.address)
-        self._listen_on = None if listen_on is None else parse_address(listen_on)
-        self._pool = _pool_options(pool_size, max_overflow, self._given)
-        self.name = worker_id or f"{socket.gethostname()}-{os.getpid()}"
-        self.default_retry = default_retry or RetryPolicy.default()
-        self.max_payload_bytes = _positive("max_payload_bytes", max_payload_bytes)
-        self.lease_ttl_s = as_seconds(lease_ttl, "lease_ttl")
-        if self.lease_ttl_s < 0.1:
-            raise ConfigurationError(f"lease_ttl={lease_ttl!r} is too short: give at least 0.1 s")
-        self.shutdown_grace_s = as_seconds(shutdown_grace, "shutdown_grace")
-        self.max_instances = _positive("max_instances", max_instances)
-        self.max_hot_instances = _positive("max_hot_instances", max_hot_instances)
-        self.max_activities = _positive("max_activities", max_activities)
-        self.activity_threads = _positive("activity_threads", activity_threads)
-        self.stall_warning_s = as_seconds(stall_warning, "stall_warning")
-        self.event_retention_us = round(as_seconds(event_retention, "event_retention") * 1_000_000)
-        self._workflows = None if workflows is None else Catalogue.of(workflows)
-        self._has_worker = worker
-        self._auto_migrate = auto_migrate
-        self._given_clock = clock
-        self._clock: Clock = clock or SystemClock()
-        self._ids = IdSource()
-        self._outcomes = Outcomes()
-        self._process_id: int | None = None
-        self._broken: DatabaseError | None = None
-        self._known: dict[str, Workflow[..., Any]] = {}
-        self._worker: Worker | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._poller: asyncio.Task[None] | None = None
-        self._poller_rests = True
-        self._store: Store
-        self._engines: SessionEngines
-        self._queries: Queries
-        self._writer: Writer
-        self._catalogue: Catalogue
-        self._poll_wanted: asyncio.Event
+        given = GivenEngines(engine, sync_engine)
+        self._settings = Settings(
+            given=given,
+            address=chosen_address(database, given),
+            listen_on=None if listen_on is None else parse_address(listen_on),
+            pool=pool_options(pool_size, max_overflow, given),
+            name=worker_id or usual_name(),
+            default_retry=default_retry or RetryPolicy.default(),
+            max_payload_bytes=positive("max_payload_bytes", max_payload_bytes),
+            lease_ttl_s=long_enough_lease_s(lease_ttl),
+            shutdown_grace_s=as_seconds(shutdown_grace, "shutdown_grace"),
+            max_instances=positive("max_instances", max_instances),
+            max_hot_instances=positive("max_hot_instances", max_hot_instances),
+            max_activities=positive("max_activities", max_activities),
+            activity_threads=positive("activity_threads", activity_threads),
+            stall_warning_s=as_seconds(stall_warning, "stall_warning"),
+            event_retention_us=round(as_seconds(event_retention, "event_retention") * 1_000_000),
+            workflows=None if workflows is None else Catalogue.of(workflows),
+            has_worker=worker,
+            auto_migrate=auto_migrate,
+            clock=clock,
+        )
+        self._life = Lifecycle(self._settings)
+        self._starts = Starts(self._life, self._settings)
+        self._sending = Sending(self._life, self._settings)
+        self._reading = Reading(self._life)
+        self._requests = Requests(self._life, self._reading)
+
+    @property
+    def name(self) -> str:
+        """This worker's name in messages and tables."""
+        return self._settings.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._settings.name = name
+
+    @property
+    def address(self) -> Address:
+        """Where the database is."""
+        return self._settings.address
+
+    @property
+    def shutdown_grace_s(self) -> float:
+        """How long :meth:`shutdown` lets running activities go on."""
+        return self._settings.shutdown_grace_s
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -203,29 +180,7 @@ class App:
             InstanceStateError: the app is running already.
             AppNotRunningError: it runs in the process that this one was forked from.
         """
-        self._check_not_forked()
-        if self._process_id is not None:
-            raise InstanceStateError("this app is running already: start it once, or make another App")
-        self._catalogue = self._workflows or DEFAULT_CATALOGUE
-        self._known = self._catalogue.workflows
-        self._store = make_store(self.address, list(self._known), self._listen_on, self.lease_ttl_s)
-        await asyncio.to_thread(self._store.open, self._auto_migrate)
-        self._clock = self._store.workflow_clock = self._given_clock or self._store.clock
-        self._process_id = os.getpid()
-        self._broken = None
-        self._poll_wanted = asyncio.Event()
-        self._engines = SessionEngines(self._store, self._given, self._pool)
-        self._queries = make_queries(self._store)
-        try:
-            await self._engines.check_given()
-            if self._has_worker:
-                await self._begin_worker()
-            else:
-                self._writer = Writer(self._store, None, self._on_client_stopped, self._on_post)
-        except BaseException:
-            await self._close()
-            raise
-        self._poller = asyncio.get_running_loop().create_task(self._poll_outcomes(), name="romancy-outcomes")
+        await self._life.start()
 
     async def shutdown(self) -> None:
         """Stop in good order: no new work, running activities may end, the rest goes back for others at once.
@@ -233,20 +188,7 @@ class App:
         Raises:
             AppNotRunningError: it runs in the process that this one was forked from, and is left alone.
         """
-        self._check_not_forked()
-        if self._process_id is None:
-            return
-        try:
-            if self._worker is not None:
-                await self._worker.stop(self.shutdown_grace_s)
-            else:
-                async with asyncio.timeout(LONGEST_FAREWELL_S):
-                    await self._writer.drained()
-        except TimeoutError:
-            logger.warning("nothing could be written within %.0f s; what waited is given up", LONGEST_FAREWELL_S)
-            self._store.give_up()
-        finally:
-            await self._close()
+        await self._life.shutdown()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -256,99 +198,6 @@ class App:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.shutdown()
-
-    async def _begin_worker(self) -> None:
-        worker = Worker(self, self._store, self._engines, self._catalogue, self._clock, self._store.clock, self)
-        await worker.start()
-        self._worker, self._writer = worker, worker.writer
-
-    async def _close(self) -> None:
-        self._process_id = None
-        stopped = AppNotRunningError("the app has shut down; the instance goes on when an app starts again")
-        if self._writer_or_none() is not None:
-            self._writer.stop(DatabaseError("the app has shut down"))
-        self._worker = None
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if self._poller is not None:
-            # Not cancelled: a query cut off in the middle would leave its connection's thread behind.
-            self._poll_wanted.set()
-            tasks.append(self._poller)
-        if tasks:
-            _, stuck = await asyncio.wait(tasks, timeout=LONGEST_FAREWELL_S)
-            if stuck:
-                self._store.cut_all()
-                await asyncio.wait(stuck, timeout=LONGEST_FAREWELL_S)
-        self._poller = None
-        self._outcomes.fail_all(stopped)
-        await self._queries.dispose()
-        await self._engines.dispose()
-        await asyncio.to_thread(self._store.close)
-
-    def _writer_or_none(self) -> Writer | None:
-        return getattr(self, "_writer", None)
-
-    def _spawn(self, body: Any) -> None:
-        task = asyncio.get_running_loop().create_task(body)
-        self._tasks.add(task)
-        task.add_done_callback(self._on_task_done)
-
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("a background task of the app failed in an unforeseen way", exc_info=task.exception())
-
-    # -- what the worker tells ---------------------------------------------------------------------
-
-    def on_ended(self, state: StateRow) -> None:
-        """See :class:`romancy.engine.worker.WorkerListener`."""
-        self._outcomes.settle(state)
-
-    def on_foreign_change(self) -> None:
-        """See :class:`romancy.engine.worker.WorkerListener`."""
-        self._poll_wanted.set()
-
-    def on_worker_lost(self, error: DatabaseError) -> None:
-        """See :class:`romancy.engine.worker.WorkerListener`."""
-        if self._process_id is None:
-            return
-        if isinstance(error, FencedError):
-            self._spawn(self._replace_worker())
-        else:
-            self._break(error)
-
-    def _on_client_stopped(self, error: DatabaseError) -> None:
-        if self._process_id is not None:
-            self._break(error)
-
-    def _break(self, error: DatabaseError) -> None:
-        self._broken = error
-        self._outcomes.fail_all(error)
-        if self._worker is not None:
-            self._spawn(self._let_go(self._worker))
-
-    async def _let_go(self, worker: Worker) -> None:
-        """Others may take over at once what this worker can no longer record."""
-        await worker.abandon()
-        try:
-            await asyncio.wrap_future(self._store.leave(worker.worker_id, self._clock.now_us()))
-        except DatabaseError as error:
-            logger.info("the instances could not be handed back, and wait for the end of the lease: %s", error)
-
-    async def _replace_worker(self) -> None:
-        """A lost lease ends a worker, not the app: begin another life under a fresh id."""
-        lost, self._worker = self._worker, None
-        if lost is not None:
-            await lost.abandon()
-        while self._process_id is not None:
-            try:
-                await self._begin_worker()
-            except DatabaseError as error:
-                logger.warning("no new worker can begin: %s", error)
-                await asyncio.sleep(0.5)
-            else:
-                return
 
     # -- starting ----------------------------------------------------------------------------------
 
@@ -411,79 +260,8 @@ class App:
             SerializationError: the input can't be stored, or is too large (``PayloadTooLargeError``).
             DatabaseError: the database can't take it now; nothing was stored.
         """
-        self._check_running()
-        definition = self._definition(workflow)
-        given = definition.signature.encode_input(args, kwargs)
-        text = given.text
-        check_size(f"the input of workflow {definition.name!r}", [text], self.max_payload_bytes)
-        instance_id = self._ids.new_id() if id is None else checked_id(id)
-        now = self._clock.now_us()
-        if session is not None:
-            await self._start_in(session, definition, instance_id, text, now)
-            return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
-        _check_no_open_transaction("start a workflow")
-        worker = self._worker
-        if worker is not None and worker.reserve_room():
-            row = StartRow(
-                instance_id, 1, definition.name, Status.RUNNING.value, worker.worker_id, None, 0, now, now, now,
-                definition.source_hash, text,
-            )  # fmt: skip
-            is_new = await worker.writer.start(row, id is not None, partial(worker.on_start_settled, row, given))
-        else:
-            row = pending_row(instance_id, definition, text, now)
-            is_new = await self._writer.start(row, id is not None, self._on_pending_settled)
-        if not is_new:
-            await self._check_same_start(instance_id, definition, text)
-        return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
-
-    async def _start_in(
-        self, session: AsyncSession, definition: Workflow[..., Any], instance_id: str, text: str, now: int
-    ) -> None:
-        if not isinstance(session, AsyncSession):
-            raise ConfigurationError(f"session={session!r}: give an AsyncSession of SQLAlchemy on the app's database")
-        found = await insert_start(session, pending_row(instance_id, definition, text, now))
-        if found is not None:
-            check_same(instance_id, definition, text, found)
-        after_commit(session, self._on_joined_start)
-
-    def _on_joined_start(self) -> None:
-        self._hint_worker()
-        self._store.tell_others()
-
-    def _on_pending_settled(self, is_new: bool) -> None:
-        if is_new:
-            self._hint_worker()
-
-    def _hint_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.hint()
-
-    def _definition(self, workflow: Workflow[..., Any] | str) -> Workflow[..., Any]:
-        name = workflow if isinstance(workflow, str) else getattr(workflow, "name", None)
-        known = self._known.get(name) if isinstance(name, str) else None
-        if known is None:
-            if name in self._catalogue.workflows:
-                raise UnknownWorkflowError(
-                    f"workflow {name!r} was defined after the app started: define workflows (import their modules) "
-                    f"before app.start()"
-                )
-            names = ", ".join(sorted(self._known)) or "none"
-            raise UnknownWorkflowError(
-                f"this app has no workflow {name if name is not None else workflow!r}; it has: {names}. Import its "
-                f"module before the app starts, or name it in App(workflows=[…])"
-            )
-        if not isinstance(workflow, str) and known is not workflow:
-            raise UnknownWorkflowError(
-                f"this app has another workflow named {name!r}, defined at {known.place}, "
-                f"not the one of {workflow.place}"
-            )
-        return known
-
-    async def _check_same_start(self, instance_id: str, definition: Workflow[..., Any], text: str) -> None:
-        found = await asyncio.wrap_future(self._store.read_start(instance_id))
-        if found is None:
-            raise InstanceConflictError(f"instance {instance_id!r} was there a moment ago and is gone; start it again")
-        check_same(instance_id, definition, text, found)
+        instance_id, definition = await self._starts.start(workflow, args, kwargs, id, session)
+        return WorkflowHandle(self, self._life.outcomes.of(instance_id), definition)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -501,16 +279,13 @@ class App:
         Raises:
             InstanceNotFoundError: there is no such instance.
         """
-        instance = await self.get_instance(instance_id)
-        if instance is None:
-            raise not_found(instance_id)
-        definition = workflow or self._known.get(instance.workflow_name)
-        return WorkflowHandle(self, self._outcomes.of(instance_id), definition)
+        instance = await self._reading.get(instance_id)
+        definition = workflow or self._life.known.get(instance.workflow_name)
+        return WorkflowHandle(self, self._life.outcomes.of(instance_id), definition)
 
     async def get_instance(self, instance_id: str) -> Instance | None:
         """One instance as the database holds it now, or ``None``."""
-        self._check_running()
-        return await asyncio.wrap_future(self._store.get_instance(instance_id))
+        return await self._reading.find(instance_id)
 
     async def list_instances(
         self,
@@ -538,8 +313,7 @@ class App:
             InvalidFilterError: a filter or the limit can't be used.
             InvalidPageTokenError: the token is none, or belongs to other filters.
         """
-        self._check_running()
-        return await self._queries.list_instances(
+        return await self._reading.pages.list_instances(
             workflow_name=workflow_name,
             status=status,
             instance_id=instance_id,
@@ -572,8 +346,7 @@ class App:
         Raises:
             InvalidFilterError: a path or a value can't be used; also a ``ValueError``.
         """
-        self._check_running()
-        return await self._queries.list_instances(
+        return await self._reading.pages.list_instances(
             input_filters=filters,
             workflow_name=workflow_name,
             status=status,
@@ -593,10 +366,10 @@ class App:
         page_size: int = 200,
     ) -> AsyncIterator[Instance]:
         """All instances that match, newest first, read page by page; see :meth:`list_instances`."""
-        self._check_running()
+        pages = self._reading.pages
         token: str | None = None
         while True:
-            page = await self._queries.list_instances(
+            page = await pages.list_instances(
                 workflow_name=workflow_name,
                 status=status,
                 instance_id=instance_id,
@@ -618,11 +391,7 @@ class App:
         Raises:
             InstanceNotFoundError: there is no such instance.
         """
-        self._check_running()
-        events = await asyncio.wrap_future(self._store.get_history(instance_id, run))
-        if not events and await self.get_instance(instance_id) is None:
-            raise not_found(instance_id)
-        return events
+        return await self._reading.history(instance_id, run)
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -663,18 +432,7 @@ class App:
         Example:
             ``await app.send_event("payment.completed", {"amount": 17}, key="order-5")``
         """
-        self._check_running()
-        _check_no_open_transaction("send an event")
-        text = encode_data("the data of an event", data)
-        check_size("the data of an event", [text], self.max_payload_bytes)
-        now_us, mail_id = self._clock.now_us(), self._ids.new_id()
-        head = EventHead(
-            checked_name("event_type", event_type), source, id or mail_id,
-            checked_name("key", key, may_be_empty=True), checked_time(time, now_us), extensions or {},
-        )  # fmt: skip
-        to_id = checked_name("instance_id", instance_id, may_be_empty=True)
-        expires_at = now_us + self.event_retention_us
-        return await self._writer.post(event_mail(head, text, mail_id, to_id, expires_at, is_from_outside=True))
+        return await self._sending.event(event_type, data, key, instance_id, source, id, time, extensions)
 
     async def publish(self, channel: str, data: Any = None, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Publish a message on a channel, from outside of workflows. It is durable when this returns.
@@ -684,7 +442,7 @@ class App:
             SerializationError: the data can't be stored.
             DatabaseError: the database can't take it now; nothing was stored.
         """
-        await self._send_on(checked_name("channel", channel), None, "", data, metadata)
+        await self._sending.to_channel(channel, data, metadata)
 
     async def send_to(
         self, instance_id: str, channel: str, data: Any = None, *, metadata: Mapping[str, Any] | None = None
@@ -696,32 +454,9 @@ class App:
             SerializationError: the data can't be stored.
             DatabaseError: the database can't take it now; nothing was stored.
         """
-        to_id = checked_name("instance_id", instance_id)
-        await self._send_on(checked_name("channel", channel), "direct", to_id, data, metadata)
+        await self._sending.to_mailbox(instance_id, channel, data, metadata)
 
-    async def _send_on(
-        self, channel: str, mode: str | None, to_id: str, data: Any, metadata: Mapping[str, Any] | None
-    ) -> None:
-        self._check_running()
-        _check_no_open_transaction("send a message")
-        text = encode_data("the data of a message", data)
-        check_size("the data of a message", [text], self.max_payload_bytes)
-        found = await asyncio.wrap_future(self._store.open_channel(None, channel, mode, None))
-        if found != mode and not (mode is None and found != "direct"):
-            raise mode_conflict(channel, found, mode)
-        now_us, mail_id = self._clock.now_us(), self._ids.new_id()
-        body = message_body(mail_id, channel, text, metadata, None, now_us)
-        await self._writer.post(message_mail(mail_id, channel, to_id, body, now_us, is_from_outside=True))
-
-    def new_id(self) -> str:
-        """See :class:`romancy.engine.worker.WorkerSettings`."""
-        return self._ids.new_id()
-
-    def _on_post(self, post: Post) -> None:
-        if post.deliveries:
-            self._store.tell_others()
-
-    # -- changing ----------------------------------------------------------------------------------
+    # -- what is asked of instances ---------------------------------------------------------------
 
     async def resume(self, instance_id: str) -> None:
         """Let a suspended instance go on, from its history, with the code as it is now.
@@ -732,14 +467,7 @@ class App:
             InstanceNotFoundError: there is no such instance.
             InstanceStateError: it is not suspended.
         """
-        self._check_running()
-        _check_no_open_transaction("resume an instance")
-        if not await asyncio.wrap_future(self._store.resume(instance_id, self._clock.now_us())):
-            instance = await self.get_instance(instance_id)
-            if instance is None:
-                raise not_found(instance_id)
-            raise InstanceStateError(f"instance {instance_id!r} is {instance.status}, not suspended: nothing to resume")
-        self._hint_worker()
+        await self._requests.resume(instance_id)
 
     async def retry(self, instance_id: str) -> WorkflowHandle[Any]:
         """Let a failed instance go on from what made it fail: the activity is attempted anew, its retries included.
@@ -759,13 +487,7 @@ class App:
         Example:
             ``result = await (await app.retry("order-5")).result()``
         """
-        self._check_running()
-        _check_no_open_transaction("retry an instance")
-        try:
-            await asyncio.wrap_future(self._store.retry(checked_id(instance_id), self._clock.now_us()))
-        finally:
-            self._outcomes.forget(instance_id)  # also where the answer was lost: it may go on
-        self._hint_worker()
+        await self._requests.retry(instance_id)
         return await self.get_handle(instance_id)
 
     async def fork(self, instance_id: str, *, from_activity: str, id: str | None = None) -> WorkflowHandle[Any]:
@@ -790,14 +512,7 @@ class App:
         Example:
             ``handle = await app.fork("order-5", from_activity="charge:1")``
         """
-        self._check_running()
-        _check_no_open_transaction("fork an instance")
-        new_id = self._ids.new_id() if id is None else checked_id(id)
-        mail_ids = iter(self._ids.new_id, None)
-        asked = Fork(checked_id(instance_id), from_activity, new_id, mail_ids, self._clock.now_us())
-        await asyncio.wrap_future(self._store.fork(asked))
-        self._hint_worker()
-        return await self.get_handle(new_id)
+        return await self.get_handle(await self._requests.fork(instance_id, from_activity, id))
 
     async def cancel(self, instance_id: str, reason: str | None = None) -> bool:
         """Ask an instance to end; the request is durable when this returns, and the first one counts.
@@ -817,12 +532,7 @@ class App:
             InstanceNotFoundError: there is no such instance.
             DatabaseError: the database can't take it now; nothing was stored.
         """
-        instance = await self._ask(instance_id, CANCEL, {"reason": reason})
-        if instance.status is Status.SUSPENDED:
-            # It can only end by running its code; should that still not fit, it is parked again.
-            await asyncio.wrap_future(self._store.resume(instance_id, self._clock.now_us()))
-            self._hint_worker()
-        return not instance.status.is_terminal
+        return await self._requests.cancel(instance_id, reason)
 
     async def suspend(self, instance_id: str) -> None:
         """Set an instance aside until :meth:`resume`, or :meth:`cancel`; what it waits for is kept for it.
@@ -833,111 +543,11 @@ class App:
             InstanceNotFoundError: there is no such instance.
             InstanceStateError: it has ended.
         """
-        instance = await self._ask(instance_id, SUSPEND, {})
-        if instance.status.is_terminal:
-            raise InstanceStateError(f"instance {instance_id!r} is {instance.status}: there is nothing to suspend")
-
-    async def _ask(self, instance_id: str, what: str, details: dict[str, Any]) -> Instance:
-        self._check_running()
-        _check_no_open_transaction(f"{what} an instance")
-        instance = await self.get_instance(instance_id)
-        if instance is None:
-            raise not_found(instance_id)
-        if not instance.status.is_terminal:
-            await self._writer.post(request_mail(self._ids.new_id(), instance_id, what, dump_plain(details)))
-        return instance
-
-    # -- waiting for results -----------------------------------------------------------------------
+        await self._requests.suspend(instance_id)
 
     async def wait_for(self, outcome: Outcome, timeout: Seconds | None) -> StateRow:
         """See :class:`romancy.handle.HandleHost`."""
-        self._check_running()
-        _check_no_open_transaction("wait for a result")
-        # What is live here may yet end elsewhere: after its eviction, or the loss of the lease.
-        if self._poller_rests or self._worker is None or not self._worker.is_live(outcome.instance_id):
-            self._poll_wanted.set()
-        if timeout is None:
-            return await outcome.wait()
-        timeout_s = as_seconds(timeout, "timeout")
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await outcome.wait()
-        except TimeoutError:
-            raise ResultTimeoutError(
-                f"instance {outcome.instance_id} has not ended within {timeout_s} s; it goes on. Wait longer, or ask "
-                f"for its status()"
-            ) from None
-
-    async def _poll_outcomes(self) -> None:
-        """Look for the ends of instances that run elsewhere, or ended before somebody asked."""
-        wait_s = OUTCOME_POLL_S
-        while self._process_id is not None:
-            self._poller_rests = not self._outcomes.awaited()
-            try:
-                async with asyncio.timeout(None if self._poller_rests else wait_s):
-                    await self._poll_wanted.wait()
-            except TimeoutError:
-                # What has just begun may soon end; what takes long is asked for rarely.
-                wait_s = min(2 * wait_s, OUTCOME_POLL_S)
-            else:
-                wait_s = SHORTEST_POLL_S
-            self._poll_wanted.clear()
-            self._poller_rests = False
-            worker = self._worker
-            ids = [key for key in self._outcomes.awaited() if worker is None or not worker.is_live(key)]
-            if not ids or self._process_id is None:
-                continue
-            try:
-                states = await asyncio.wrap_future(self._store.get_outcomes(ids))
-            except DatabaseError as error:
-                logger.warning("results can't be read now: %s", error)
-            else:
-                for state in states:
-                    self._outcomes.settle(state)
-
-    def _check_not_forked(self) -> None:
-        if self._process_id is not None and self._process_id != os.getpid():
-            raise AppNotRunningError(
-                "the app was started before this process forked, and its threads and connections are the other "
-                "process's: make an App of its own here"
-            )
-
-    def _check_running(self) -> None:
-        if self._process_id is None:
-            raise AppNotRunningError("the app is not running: use `async with App(…) as app`, or await app.start()")
-        self._check_not_forked()
-        if self._broken is not None:
-            raise AppNotRunningError(f"the app has stopped, for {self._broken}") from self._broken
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name}={value!r}: give a whole number of at least 1")
-    return value
-
-
-def _pool_options(pool_size: int | None, max_overflow: int | None, given: GivenEngines) -> dict[str, int]:
-    options: dict[str, int] = {}
-    if pool_size is not None:
-        options["pool_size"] = _positive("pool_size", pool_size)
-    if max_overflow is not None:
-        if isinstance(max_overflow, bool) or not isinstance(max_overflow, int) or max_overflow < 0:
-            raise ConfigurationError(f"max_overflow={max_overflow!r}: give a whole number of at least 0")
-        options["max_overflow"] = max_overflow
-    if options and given.for_async is not None and given.for_sync is not None:
-        names = " and ".join(options)
-        raise ConfigurationError(
-            f"{names} would change nothing, for engine= and sync_engine= bring their own pools: set it where those are "
-            f"made, or leave one of them to Romancy"
-        )
-    return options
-
-
-def _check_no_open_transaction(what: str) -> None:
-    """On SQLite an open session holds the one write lock; waiting for another write would never end."""
-    current = CURRENT_ACTIVITY.get(None)
-    if current is not None and current.holds_everybody_up:
-        raise SessionError(
-            f"activity {current.activity_id} can't {what} while its session is open, for the session holds the "
-            f"database's write lock: do it before the session's first use, or in an activity of its own"
-        )
+        self._life.check_running()
+        check_no_open_transaction("wait for a result")
+        self._life.poller.look_for(outcome.instance_id)
+        return await (outcome.wait() if timeout is None else outcome.wait_within(timeout))

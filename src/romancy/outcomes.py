@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from weakref import WeakValueDictionary
 
+from romancy.errors import ResultTimeoutError
 from romancy.model import Status
+from romancy.retry import Seconds, as_seconds
 from romancy.storage.rows import StateRow
 
 SUSPENDED = Status.SUSPENDED.value
@@ -36,6 +38,22 @@ class Outcome:
             return await waiter
         finally:
             self._waiters.remove(waiter)
+
+    async def wait_within(self, timeout: Seconds) -> StateRow:
+        """The same, but not for longer than that.
+
+        Raises:
+            ResultTimeoutError: the time ran out.
+        """
+        timeout_s = as_seconds(timeout, "timeout")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.wait()
+        except TimeoutError:
+            raise ResultTimeoutError(
+                f"instance {self.instance_id} has not ended within {timeout_s} s; it goes on. Wait longer, or ask for "
+                f"its status()"
+            ) from None
 
     def settle(self, state: StateRow) -> None:
         """Tell those who wait; a suspended instance may still go on, so that is not kept."""

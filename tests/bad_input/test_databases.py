@@ -211,7 +211,7 @@ async def _set_max_pages(app: App, pages: int | None) -> None:
         size = connection.execute("PRAGMA page_count").fetchone()[0]
         connection.execute(f"PRAGMA max_page_count = {size if pages is None else pages}")
 
-    await asyncio.wrap_future(app._store._write(job))
+    await asyncio.wrap_future(app._life.store._write(job))
 
 
 async def test_full_database_is_a_typed_error_and_work_goes_on_once_there_is_space(
@@ -290,7 +290,7 @@ async def test_database_that_turns_read_only_stops_the_app_with_a_typed_error_an
     async with App(database) as app:
         handle = await app.start_workflow(gate.workflow, id="kept")
         await gate.reached.wait()
-        await asyncio.wrap_future(app._store._write(lambda c: c.execute("PRAGMA query_only = ON") and None))
+        await asyncio.wrap_future(app._life.store._write(lambda c: c.execute("PRAGMA query_only = ON") and None))
         with pytest.raises(DatabaseReadOnlyError, match=r"can't be written; give this user write permission"):
             await app.start_workflow(gate.workflow, id="refused")
         gate.open.set()

@@ -82,7 +82,7 @@ def main(database: str, *rest: str) -> None:
     _, status = loop.run_until_complete(asyncio.to_thread(os.waitpid, process_id, 0))
     print("ended", os.waitstatus_to_exitcode(status), flush=True)
     # Open connections would work on without the file; the next ones would not.
-    path = getattr(app._store, "path", None)
+    path = getattr(app._life.store, "path", None)
     assert path is None or os.path.exists(path)
     print("after", loop.run_until_complete(works(app)), flush=True)
     loop.run_until_complete(app.shutdown())

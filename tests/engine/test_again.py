@@ -449,7 +449,7 @@ async def test_retry_whose_answer_was_lost_is_not_hidden_by_the_outcome_before_i
         with pytest.raises(WorkflowFailedError):
             await old_handle.result(RESULT_TIMEOUT_S)
         shop.failing = set()
-        retry = client._store.retry
+        retry = client._life.store.retry
 
         def commit_and_lose(instance_id: str, now: int) -> Future[None]:
             retry(instance_id, now).result()
@@ -457,7 +457,7 @@ async def test_retry_whose_answer_was_lost_is_not_hidden_by_the_outcome_before_i
             lost.set_exception(DatabaseUnavailableError("the answer was lost"))
             return lost
 
-        monkeypatch.setattr(client._store, "retry", commit_and_lose)
+        monkeypatch.setattr(client._life.store, "retry", commit_and_lose)
         with pytest.raises(DatabaseUnavailableError):
             await client.retry("it")
         # It is not failed any more, but the old handle, which is still held, keeps what it has told.

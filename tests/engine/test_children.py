@@ -389,8 +389,8 @@ async def test_runs_do_not_pile_up_before_the_commits(database: Database, monkey
 
     @workflow
     async def spin(ctx: WorkflowContext, left_over: int) -> int:
-        assert app._worker is not None
-        waiting.append(app._worker.writer.waiting_rows)
+        assert app._life.worker is not None
+        waiting.append(app._life.worker.writer.waiting_rows)
         if left_over:
             await ctx.recur(left_over - 1)
         return ctx.run

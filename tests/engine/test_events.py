@@ -242,7 +242,7 @@ async def test_evicted_instance_wakes_for_its_event(database: Database) -> None:
         for handle in handles:
             await wait_for_status(app, handle.instance_id, Status.WAITING_FOR_EVENT)
         async with asyncio.timeout(RESULT_TIMEOUT_S):
-            while len(app._worker._live) > 1:  # type: ignore[union-attr]
+            while len(app._life.worker._live) > 1:  # type: ignore[union-attr]
                 await asyncio.sleep(0.01)
         for number in range(5):
             await app.send_event("paid", number, key=str(number))
@@ -337,5 +337,5 @@ async def test_events_are_kept_as_long_as_the_app_says_whoever_sends_them(databa
         await clock.advance(timedelta(minutes=61))
         for key in ("a", "w"):
             assert await (await app.start_workflow(late, key)).result(RESULT_TIMEOUT_S) == "gone"
-        await asyncio.wrap_future(app._store.clear_expired(clock.now_us(), 1000))
+        await asyncio.wrap_future(app._life.store.clear_expired(clock.now_us(), 1000))
     assert left(database) == NOTHING

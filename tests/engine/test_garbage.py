@@ -106,12 +106,12 @@ async def test_evicted_sleepers_form_no_cycles(database: Database, clock: Virtua
         await ctx.sleep(3600)
 
     async with App(database, max_hot_instances=1, clock=clock) as app:
-        assert app._worker is not None
+        assert app._life.worker is not None
         with cycles() as found:
             for _ in range(RUNS):
                 await app.start_workflow(sleeper)
             async with asyncio.timeout(RESULT_TIMEOUT_S):
-                while len(app._worker._live) > 1:
+                while len(app._life.worker._live) > 1:
                     await asyncio.sleep(0.002)
     assert not {name: count for name, count in found.items() if name in OURS and count >= RUNS}, found
 

@@ -287,7 +287,7 @@ async def test_fence_holds_on_a_given_engine(ledger: Database, engine: AsyncEngi
     async with App(ledger, engine=engine) as app:
         handle = await app.start_workflow(flow)
         await began.wait()
-        zombie = app._worker
+        zombie = app._life.worker
         assert zombie is not None
         execute(ledger, "UPDATE romancy_workers SET state = 'dead'")
         go.set()

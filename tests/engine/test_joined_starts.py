@@ -73,7 +73,7 @@ async def test_start_in_a_session_of_the_users_own(database: Database) -> None:
     create_ledger(database)
     shop = Shop()
     async with App(database) as app:
-        engine = create_async_engine(app._store.url(is_async=True))
+        engine = create_async_engine(app._life.store.url(is_async=True))
         async with AsyncSession(engine) as session:
             await session.execute(INSERT, {"token": "lost"})
             await app.start_workflow(shop.deliver, "lost", id="lost", session=session)
@@ -93,7 +93,7 @@ async def test_start_in_a_session_of_the_users_own(database: Database) -> None:
 async def test_committed_start_begins_at_once(database: Database) -> None:
     shop = Shop()
     async with App(database) as app:
-        engine = create_async_engine(app._store.url(is_async=True))
+        engine = create_async_engine(app._life.store.url(is_async=True))
         async with AsyncSession(engine) as session:
             handle = await app.start_workflow(shop.deliver, "A-3", session=session)
             async with session.begin_nested():

@@ -175,7 +175,7 @@ async def test_no_activity_begins_during_shutdown(database: Database) -> None:
     await app.start()
     await app.start_workflow(flow)
     await reached.wait()
-    worker = app._worker
+    worker = app._life.worker
     assert worker is not None
     stopping = asyncio.ensure_future(app.shutdown())
     while not worker._runner._is_stopping:
@@ -378,10 +378,10 @@ async def test_worker_that_can_no_longer_write_leaves_its_work_to_others(
     async with App(database) as broken:
         await broken.start_workflow(flow, id="it")
         await reached.wait()
-        assert broken._worker is not None
-        broken_id = broken._worker.worker_id
+        assert broken._life.worker is not None
+        broken_id = broken._life.worker.worker_id
 
-        store = type(broken._store)
+        store = type(broken._life.store)
         real = store._write_parties
 
         def write(self: Any, link: Any, batch: Any, parties: Any, worker_id: str | None, *rest: Any) -> Any:
@@ -462,7 +462,7 @@ async def test_event_that_somebody_else_has_recorded_ends_the_transaction_and_th
     async with App(database) as app:
         await app.start_workflow(flow, id="it")
         async with asyncio.timeout(RESULT_TIMEOUT_S):
-            while app._worker is None or app._worker.is_live("it"):
+            while app._life.worker is None or app._life.worker.is_live("it"):
                 await asyncio.sleep(0)
         await until_quiet(app, lambda: len(attempts))
     assert attempts == [1]

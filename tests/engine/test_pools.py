@@ -38,7 +38,7 @@ async def test_pool_size_and_overflow_bound_the_open_sessions(database: Database
             await all_open.wait()
         await until_quiet(app, lambda: len(opened))
         assert len(opened) == 3
-        pool: Any = app._engines.sync_engine(is_async=True).pool
+        pool: Any = app._life.engines.sync_engine(is_async=True).pool
         assert (pool.checkedout(), pool.overflow()) == (3, 1)
         go.set()
         await handle.result(RESULT_TIMEOUT_S)
@@ -48,7 +48,7 @@ async def test_pool_size_and_overflow_bound_the_open_sessions(database: Database
 async def test_pool_options_hold_for_both_engines(database: Database) -> None:
     async with App(database, pool_size=3, max_overflow=0) as app:
         for is_async in (True, False):
-            pool: Any = app._engines.sync_engine(is_async=is_async).pool
+            pool: Any = app._life.engines.sync_engine(is_async=is_async).pool
             assert (pool.size(), pool._max_overflow) == (3, 0)
 
 

@@ -142,7 +142,7 @@ async def test_cancellations_against_completions(database: Database) -> None:
             assert ("WorkflowCancelled" in last) is (expected is Status.CANCELLED)
             ends[expected] += 1
         # A request that came in the very moment of the end is cleared away with what has expired.
-        await asyncio.wrap_future(app._store.clear_expired(0, 1000))
+        await asyncio.wrap_future(app._life.store.clear_expired(0, 1000))
     assert len(ends) == 2, "no race at all"
     assert left(database) == NOTHING
 

@@ -223,12 +223,12 @@ async def drive(app: App, world: World, program: Program, plan: CrashPlan, clock
 
 
 def live_events(app: App) -> list[int]:
-    return [] if app._worker is None else [instance._seq for instance in app._worker._live.values()]
+    return [] if app._life.worker is None else [instance._seq for instance in app._life.worker._live.values()]
 
 
 async def step_to_next_deadline(app: App, clock: VirtualClock) -> None:
-    assert app._worker is not None
-    wakes = [instance.next_wake_us() for instance in app._worker._live.values()]
+    assert app._life.worker is not None
+    wakes = [instance.next_wake_us() for instance in app._life.worker._live.values()]
     wake = min((wake for wake in wakes if wake is not None), default=clock.now_us())
     await clock.advance(max(0, wake - clock.now_us()) / 1_000_000)
 

@@ -391,7 +391,7 @@ async def test_end_that_is_asked_for_while_a_rest_is_on_its_way_comes(database: 
             async with App(database) as app:
                 await wait_for_status(app, "it", Status.SUSPENDED)
         # As App.cancel does once it has seen that the instance runs.
-        await client._writer.post(request_mail("late", "it", CANCEL, "{}"))
+        await client._life.writer.post(request_mail("late", "it", CANCEL, "{}"))
         async with App(database) as app:
             await wait_for_status(app, "it", Status.CANCELLED)
     assert rows(database, "SELECT count(*) FROM romancy_deliveries") == [(0,)]

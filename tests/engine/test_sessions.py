@@ -335,12 +335,12 @@ async def test_lost_lease_rolls_back_the_users_rows(ledger: Database) -> None:
         handle = await app.start_workflow(flow)
         await began.wait()
         began.clear()
-        assert app._worker is not None
-        zombie = app._worker
+        assert app._life.worker is not None
+        zombie = app._life.worker
         execute(ledger, "UPDATE romancy_workers SET state = 'dead'")
         go.set()
         assert await handle.result(RESULT_TIMEOUT_S) == "run 2"
-        assert app._worker is not zombie
+        assert app._life.worker is not zombie
         assert isinstance(zombie.writer.stopped_by, FencedError)
     assert tokens(ledger) == ["run 2"]
     assert completed(ledger) == ["book:1"]
@@ -373,8 +373,8 @@ async def test_crash_between_the_users_rows_and_the_commit_loses_both(
     await app.start()
     await app.start_workflow(flow, id="it")
     await reached.wait()
-    assert app._worker is not None
-    endings = list(app._worker._runner._endings)
+    assert app._life.worker is not None
+    endings = list(app._life.worker._runner._endings)
     for ending in endings:
         ending.cancel()
     await asyncio.wait(endings)

@@ -81,11 +81,11 @@ async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(da
         await app.start()
         await app.start_workflow(held.flow, id="it")
         await held.reached.wait()
-        assert peer._worker is not None
-        await peer._worker._scan()
+        assert peer._life.worker is not None
+        await peer._life.worker._scan()
         await crash(app)
-        peer._worker._others = [row._replace(pid=2**31 - 2) for row in peer._worker._others]
-        peer._worker._hint.set()
+        peer._life.worker._others = [row._replace(pid=2**31 - 2) for row in peer._life.worker._others]
+        peer._life.worker._hint.set()
         held.go.set()
         assert await (await peer.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
 
@@ -104,12 +104,12 @@ async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_
     execute(database, "UPDATE romancy_workers SET host = 'elsewhere', lease_until = ?", now_us + 3_600_000_000)
     held.go.set()
     async with App(database) as app:
-        assert app._worker is not None
-        await app._worker._scan()
+        assert app._life.worker is not None
+        await app._life.worker._scan()
         assert (await (await app.get_handle("it")).status()) is Status.RUNNING
         assert rows(database, "SELECT count(*) FROM romancy_workers WHERE host = 'elsewhere'") == [(1,)]
         execute(database, "UPDATE romancy_workers SET lease_until = ? WHERE host = 'elsewhere'", now_us - 1)
-        await app._worker._scan()
+        await app._life.worker._scan()
         assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
         assert rows(database, "SELECT count(*) FROM romancy_workers WHERE host = 'elsewhere'") == [(0,)]
 
@@ -120,13 +120,13 @@ async def test_zombie_writes_nothing_more_and_the_app_begins_a_new_life(database
         handle = await app.start_workflow(held.flow)
         await held.reached.wait()
         held.reached.clear()
-        zombie = app._worker
+        zombie = app._life.worker
         assert zombie is not None
         execute(database, "UPDATE romancy_workers SET state = 'dead'")
         held.go.set()
         assert await handle.result(RESULT_TIMEOUT_S) == "done"
         assert isinstance(zombie.writer.stopped_by, FencedError)
-        assert app._worker is not zombie
+        assert app._life.worker is not zombie
     assert held.ran == ["first", "second", "second"]
     assert rows(database, "SELECT seq, operation_id FROM romancy_history ORDER BY seq") == [
         (1, "first:1"),
@@ -152,9 +152,9 @@ async def test_history_written_by_another_owner_stops_only_that_instance(databas
         execute(database, "UPDATE romancy_instances SET owner = 'somebody else'")
         held.go.set()
         assert await (await app.start_workflow(other)).result(RESULT_TIMEOUT_S) == "fine"
-        assert app._worker is not None
-        await app._worker.writer.drained()
-        assert not app._worker.is_live(handle.instance_id)
+        assert app._life.worker is not None
+        await app._life.worker.writer.drained()
+        assert not app._life.worker.is_live(handle.instance_id)
         assert await handle.status() is Status.RUNNING
     fine.set()
 
@@ -212,7 +212,7 @@ async def test_client_without_worker_starts_and_another_app_runs_it(database: Da
             assert await handle.result(RESULT_TIMEOUT_S) == 2
             later = await client.start_workflow(flow, 5)
             assert await later.result(RESULT_TIMEOUT_S) == 6
-            assert app._worker is not None
+            assert app._life.worker is not None
 
 
 async def test_instances_of_unknown_workflows_do_not_starve_the_others(database: Database) -> None:
@@ -248,10 +248,10 @@ async def test_orphans_of_unknown_workflows_are_given_back_to_everybody(database
     async def other(ctx: WorkflowContext) -> None: ...
 
     async with App(database, workflows=[other]) as app:
-        assert app._worker is not None
-        await app._worker._scan()
-        await app._worker._bury_the_gone()
-        await app._worker._take_over()
+        assert app._life.worker is not None
+        await app._life.worker._scan()
+        await app._life.worker._bury_the_gone()
+        await app._life.worker._take_over()
         assert rows(database, "SELECT status, owner, ready_at FROM romancy_instances") == [("pending", None, 0)]
     held.go.set()
     async with App(database, workflows=[held.flow]) as app:
@@ -314,13 +314,13 @@ async def test_cold_sleepers_leave_memory_and_wake_by_the_database(database: Dat
     async with App(database, clock=clock, max_hot_instances=2) as app:
         handles = [await app.start_workflow(flow, n) for n in range(6)]
         await until_quiet(app, lambda: None)
-        assert app._worker is not None
-        assert len(app._worker._live) == 2
+        assert app._life.worker is not None
+        assert len(app._life.worker._live) == 2
         states = rows(database, "SELECT status, owner IS NULL, ready_at IS NOT NULL FROM romancy_instances")
         assert states.count(("waiting_for_timer", 1, 1)) == 4
         cleaned.clear()
         await clock.advance(15)
-        app._worker.hint()
+        app._life.worker.hint()
         assert [await handle.result(RESULT_TIMEOUT_S) for handle in handles] == list(range(6))
 
 
@@ -360,9 +360,9 @@ async def test_blocking_activity_is_reported_by_name_and_keeps_the_lease(
         return await rude()
 
     async with App(database, stall_warning=0.05, lease_ttl=0.2) as app:
-        worker = app._worker
+        worker = app._life.worker
         assert await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
-        assert app._worker is worker
+        assert app._life.worker is worker
     text = "\n".join(record.getMessage() for record in romancy_log.records)
     assert "activity 'rude' has blocked the event loop" in text
     assert "test_workers.py" in text
@@ -421,10 +421,10 @@ async def test_app_started_before_a_fork_refuses_to_work_in_the_child(database: 
     async def flow(ctx: WorkflowContext) -> None: ...
 
     async with App(database) as app:
-        app._process_id = os.getpid() + 1
+        app._life.process_id = os.getpid() + 1
         with pytest.raises(AppNotRunningError, match="forked"):
             await app.start_workflow(flow)
-        app._process_id = os.getpid()
+        app._life.process_id = os.getpid()
 
 
 class Crowd:

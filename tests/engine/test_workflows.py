@@ -242,8 +242,8 @@ async def test_sleep_is_never_early_and_time_is_deterministic(database: Database
         handle = await app.start_workflow(flow)
         for _ in range(3):
             await clock.wait_for_sleeper()
-            assert app._worker is not None
-            wake = app._worker._live[handle.instance_id].next_wake_us()
+            assert app._life.worker is not None
+            wake = app._life.worker._live[handle.instance_id].next_wake_us()
             assert wake is not None
             await clock.advance((wake - clock.now_us()) / 1_000_000)
         assert await handle.result(RESULT_TIMEOUT_S) == [30 * 86400.0, 5.25]

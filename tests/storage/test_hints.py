@@ -78,7 +78,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def listener_of(app: App) -> Listener:
-    listener = app._store._listener
+    listener = app._life.store._listener
     assert listener is not None
     return listener
 
@@ -99,14 +99,14 @@ def define() -> Workflow[..., Any]:
 async def test_listener_hears_itself(database: str, romancy_log: pytest.LogCaptureFixture) -> None:
     async with App(database) as app:
         await until(lambda: listener_of(app)._has_heard)
-        assert not app._store.is_deaf
+        assert not app._life.store.is_deaf
     assert "NOTIFY" not in romancy_log.text
 
 
 async def test_worker_is_right_when_every_hint_is_lost(deaf: str, romancy_log: pytest.LogCaptureFixture) -> None:
     flow = define()
     async with App(deaf, lease_ttl=LEASE_TTL_S) as app, App(deaf, worker=False) as client:
-        await until(lambda: app._store.is_deaf)
+        await until(lambda: app._life.store.is_deaf)
         for number in range(3):
             handle = await client.start_workflow(flow, id=f"number-{number}")
             await wait_for_status(client, handle.instance_id, Status.WAITING_FOR_EVENT)
@@ -125,16 +125,16 @@ async def test_deaf_worker_looks_often_while_something_goes_on(database: str) ->
     flow = define()
     with drop_notifications():
         async with App(database, lease_ttl=100) as app:
-            await until(lambda: app._store.is_deaf)
-            worker = app._worker
+            await until(lambda: app._life.store.is_deaf)
+            worker = app._life.worker
             assert worker is not None
             await app.start_workflow(flow)
             await worker.writer.drained()
             waits_s = [worker._next_scan_wait_s() for _ in range(5)]
             assert waits_s == [0.1, 0.2, 0.4, worker_module.SCAN_INTERVAL_S, worker_module.SCAN_INTERVAL_S]
     async with App(database) as app:
-        assert app._worker is not None
-        assert app._worker._next_scan_wait_s() == worker_module.SCAN_INTERVAL_S
+        assert app._life.worker is not None
+        assert app._life.worker._next_scan_wait_s() == worker_module.SCAN_INTERVAL_S
 
 
 async def test_a_direct_address_for_listening_cures_a_pooler(
@@ -143,7 +143,7 @@ async def test_a_direct_address_for_listening_cures_a_pooler(
     with pgbouncer(database) as pooled:
         async with App(pooled, listen_on=database) as app:
             await until(lambda: listener_of(app)._has_heard)
-            assert not app._store.is_deaf
+            assert not app._life.store.is_deaf
     assert "has not come back" not in romancy_log.text
 
 
@@ -169,7 +169,7 @@ async def test_listener_whose_connection_died_silently_makes_another(database: s
             first = listener_of(app)._link
             dead.append(first)
             await until(lambda: listener_of(app)._link not in (first, None) and listener_of(app)._has_heard)
-            assert not app._store.is_deaf
+            assert not app._life.store.is_deaf
             handle = await client.start_workflow(flow)
             await client.send_event("go", "heard", key=handle.instance_id)
             assert await handle.result(RESULT_TIMEOUT_S) == "heard"
@@ -178,9 +178,9 @@ async def test_listener_whose_connection_died_silently_makes_another(database: s
 async def test_deaf_listener_that_hears_again_says_so(database: str, romancy_log: pytest.LogCaptureFixture) -> None:
     async with App(database) as app:
         with drop_notifications():
-            app._store.start_listening(lambda: None)
-            await until(lambda: app._store.is_deaf)
-        await until(lambda: not app._store.is_deaf)
+            app._life.store.start_listening(lambda: None)
+            await until(lambda: app._life.store.is_deaf)
+        await until(lambda: not app._life.store.is_deaf)
     assert "heard again" in romancy_log.text
 
 
@@ -204,11 +204,11 @@ async def test_idle_worker_is_quiet(database: str, hears: bool, monkeypatch: pyt
 
     with pgbouncer(database) as pooled:
         async with App(database if hears else pooled, lease_ttl=LEASE_TTL_S) as app:
-            await until(lambda: listener_of(app)._has_heard if hears else app._store.is_deaf)
-            assert app._worker is not None
-            await until(lambda: app._worker._scan_wait_s == worker_module.SCAN_INTERVAL_S)  # type: ignore[union-attr]
+            await until(lambda: listener_of(app)._has_heard if hears else app._life.store.is_deaf)
+            assert app._life.worker is not None
+            await until(lambda: app._life.worker._scan_wait_s == worker_module.SCAN_INTERVAL_S)  # type: ignore[union-attr]
             # What the listener's first hint has asked for belongs to the start.
-            await until(lambda: not app._worker._may_have_mail and app._worker._next_due_us != 0)  # type: ignore[union-attr]
+            await until(lambda: not app._life.worker._may_have_mail and app._life.worker._next_due_us != 0)  # type: ignore[union-attr]
             monkeypatch.setattr(PostgresqlLink, "execute", counted)
             monkeypatch.setattr(PostgresqlLink, "execute_together", counted_together)
             began = time.monotonic()

@@ -28,7 +28,7 @@ class Looks:
     def __init__(self, app: App, patch: pytest.MonkeyPatch) -> None:
         self.changes = self.looks = 0
         self.looked = asyncio.Event()
-        has_changed, on_foreign_change = app._store.has_changed, app.on_foreign_change
+        has_changed, on_foreign_change = app._life.store.has_changed, app._life.on_foreign_change
 
         def count_changes() -> bool:
             found = has_changed()
@@ -40,8 +40,8 @@ class Looks:
             self.looked.set()
             on_foreign_change()
 
-        patch.setattr(app._store, "has_changed", count_changes)
-        patch.setattr(app, "on_foreign_change", count_looks)
+        patch.setattr(app._life.store, "has_changed", count_changes)
+        patch.setattr(app._life, "on_foreign_change", count_looks)
 
 
 async def test_worker_looks_for_news_when_others_commit_and_not_when_it_does(
@@ -55,7 +55,7 @@ async def test_worker_looks_for_news_when_others_commit_and_not_when_it_does(
         return (await ctx.wait_event("paid", key="k", type=int)).data
 
     async with App(database) as app, App(database, worker=False) as client:
-        store: Store = app._store
+        store: Store = app._life.store
         await asyncio.wrap_future(store.others_have_committed())  # from now on
         store.has_changed()
         looks = Looks(app, monkeypatch)
@@ -71,7 +71,7 @@ async def test_worker_looks_for_news_when_others_commit_and_not_when_it_does(
 
 async def test_only_commits_of_other_connections_count(database: Path) -> None:
     async with App(database, worker=False) as one, App(database, worker=False) as other:
-        store: Store = one._store
+        store: Store = one._life.store
         await asyncio.wrap_future(store.others_have_committed())
         await one.send_event("paid", 1, key="k")
         assert not await asyncio.wrap_future(store.others_have_committed())
@@ -83,7 +83,7 @@ async def test_only_commits_of_other_connections_count(database: Path) -> None:
 
 async def test_commit_that_is_under_way_is_waited_for(database: Path) -> None:
     async with App(database, worker=False) as app:
-        store: Store = app._store
+        store: Store = app._life.store
         await asyncio.wrap_future(store.others_have_committed())
         with closing(sqlite3.connect(database, isolation_level=None)) as other:
             # So it is while the log is written, and flushed: others see nothing yet.

@@ -163,7 +163,7 @@ async def test_lease_is_kept_and_lost_through_a_pooler(pooled: str, postgresql_u
     async with App(pooled, lease_ttl=0.5, shutdown_grace=0) as app:
         await app.start_workflow(flow)
         await is_running.wait()
-        worker = app._worker
+        worker = app._life.worker
         assert worker is not None
         ((before,),) = rows(postgresql_url, "SELECT lease_until FROM romancy_workers")
         async with asyncio.timeout(RESULT_TIMEOUT_S):
@@ -172,8 +172,8 @@ async def test_lease_is_kept_and_lost_through_a_pooler(pooled: str, postgresql_u
         is_running.clear()
         execute(postgresql_url, "UPDATE romancy_workers SET state = 'dead'")
         await asyncio.wait_for(is_running.wait(), RESULT_TIMEOUT_S)
-        assert app._worker is not None
-        assert app._worker.worker_id != worker.worker_id
+        assert app._life.worker is not None
+        assert app._life.worker.worker_id != worker.worker_id
 
 
 @pytest.mark.parametrize("is_pooled", [True, False])
@@ -205,14 +205,14 @@ async def test_locks_are_not_waited_for_for_ever(
 ) -> None:
     monkeypatch.setattr(postgresql, "MOST_LOCK_WAIT_S", 0.05)
     async with App(pooled_url if is_pooled else postgresql_url) as app:
-        assert app._worker is not None
-        worker_id = app._worker.worker_id
+        assert app._life.worker is not None
+        worker_id = app._life.worker.worker_id
         with closing(psycopg.connect(postgresql_url)) as connection:
             connection.execute("SELECT 1 FROM romancy_workers FOR UPDATE")
             for attempt in (
-                lambda: app._store.renew(worker_id, 2**62),
-                lambda: app._store.leave(worker_id, 0),
-                lambda: app._store.bury(worker_id, 2**62, is_gone=True),
+                lambda: app._life.store.renew(worker_id, 2**62),
+                lambda: app._life.store.leave(worker_id, 0),
+                lambda: app._life.store.bury(worker_id, 2**62, is_gone=True),
             ):
                 with pytest.raises(DatabaseLockedError):
                     await asyncio.wait_for(asyncio.wrap_future(attempt()), RESULT_TIMEOUT_S)

@@ -23,7 +23,7 @@ from romancy import (
     current_activity,
     workflow,
 )
-from romancy import app as app_module
+from romancy import lifecycle as lifecycle_module
 from romancy.engine import activities as activities_module
 from romancy.engine import worker as worker_module
 from romancy.storage import mysql as mysql_module
@@ -55,7 +55,7 @@ def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "SHORTEST_PATIENCE_S", PATIENCE_S)
     monkeypatch.setattr(activities_module, "LONGEST_ENDING_S", 0.3)
     monkeypatch.setattr(worker_module, "LONGEST_FAREWELL_S", 0.5)
-    monkeypatch.setattr(app_module, "LONGEST_FAREWELL_S", 0.5)
+    monkeypatch.setattr(lifecycle_module, "LONGEST_FAREWELL_S", 0.5)
     monkeypatch.setattr(store_module, "LONGEST_CLOSE_S", 1.0)
     monkeypatch.setattr(server_module, "LONGEST_READ_S", 1.0)
     monkeypatch.setattr(mysql_module, "LONGEST_PAUSE_S", 5.0)

@@ -101,9 +101,9 @@ async def test_every_connection_is_encrypted_and_the_certificate_checked(
         handle = await app.start_workflow(flow)
         found = await handle.result(RESULT_TIMEOUT_S)
         assert await app.get_history(handle.instance_id)
-        for submit in (app._store._write, app._store._read):
+        for submit in (app._life.store._write, app._life.store._read):
             found.append(submit(lambda link: link.execute(PROTOCOL[kind]).fetchone()[-1]).result(RESULT_TIMEOUT_S))
-        async with app._queries._connect() as connection:
+        async with app._life.queries._connect() as connection:
             found.append(str((await connection.execute(query)).one()[-1]))
     assert len(found) == 5
     assert all(version.startswith("TLSv1.") for version in found), found
@@ -152,7 +152,7 @@ async def test_client_certificate_is_presented(server: str, certificates: Certif
             return
     query = "SELECT client_dn FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
     async with App(_with(server, "full", **files)) as app:
-        found = app._store._write(lambda link: link.execute(query).fetchone()[0]).result(RESULT_TIMEOUT_S)
+        found = app._life.store._write(lambda link: link.execute(query).fetchone()[0]).result(RESULT_TIMEOUT_S)
     assert found == "/CN=root"
 
 

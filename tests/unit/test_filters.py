@@ -268,7 +268,7 @@ def _define() -> None:
 
 async def _put(app: App, rows: list[tuple[str, str, str, Any, int]]) -> None:
     """Instances with the times that a test wants, as if they had been started."""
-    connection = sqlite3.connect(app._store.path)
+    connection = sqlite3.connect(app._life.store.path)
     connection.executemany(
         "INSERT INTO romancy_instances "
         "(instance_id, run, workflow_name, status, claims, created_at, updated_at, input) "

@@ -26,8 +26,9 @@ from romancy.engine.process import host_identity, is_gone, process_started
 from romancy.engine.timers import TimerQueue
 from romancy.errors import DatabaseError, FencedError, InstanceStateError
 from romancy.failures import encode_error
+from romancy.ids import IdSource
 from romancy.model import Status
-from romancy.retry import RetryPolicy
+from romancy.settings import Settings
 from romancy.signature import Arguments
 from romancy.storage.mail import Post
 from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
@@ -52,25 +53,6 @@ MOST_ROWS_AHEAD = 500
 """Rows that may wait for a commit when a further run of an instance begins."""
 
 CLEARING_INTERVAL_S = 300.0
-
-
-class WorkerSettings(Protocol):
-    """The options that a worker reads; see :class:`romancy.App`."""
-
-    name: str
-    lease_ttl_s: float
-    max_instances: int
-    max_hot_instances: int
-    max_activities: int
-    activity_threads: int
-    max_payload_bytes: int
-    event_retention_us: int
-    stall_warning_s: float
-    default_retry: RetryPolicy
-
-    def new_id(self) -> str:
-        """An id that sorts by time."""
-        ...
 
 
 class WorkerListener(Protocol):
@@ -104,16 +86,19 @@ class Worker:
         store: the database.
         engines: where activity sessions come from.
         catalogue: what this worker can run.
+        ids: makes the ids of mail.
         clock: workflow time.
-        listener: the app.
+        lease_clock: the database's.
+        listener: the app's life.
     """
 
     def __init__(
         self,
-        settings: WorkerSettings,
+        settings: Settings,
         store: Store,
         engines: SessionEngines,
         catalogue: Catalogue,
+        ids: IdSource,
         clock: Clock,
         lease_clock: Clock,
         listener: WorkerListener,
@@ -127,6 +112,7 @@ class Worker:
         self._settings = settings
         self._store = store
         self._workflows: Mapping[str, Workflow[..., Any]] = catalogue.workflows
+        self._ids = ids
         self._lease_clock = lease_clock
         self._listener = listener
         self.loop = self._loop = asyncio.get_running_loop()
@@ -346,7 +332,7 @@ class Worker:
 
     def new_mail_id(self) -> str:
         """See :class:`romancy.engine.messaging.MessagingHost`."""
-        return self._settings.new_id()
+        return self._ids.new_id()
 
     def open_channel(self, channel: str, mode: str | None, subscriber: str | None) -> Future[str | None]:
         """See :class:`romancy.engine.messaging.MessagingHost`."""
