@@ -24,6 +24,7 @@ from romancy import (
     activity,
     workflow,
 )
+from romancy.engine import claims as claims_module
 from romancy.engine import lease as lease_module
 from romancy.engine import worker as worker_module
 from romancy.engine.process import host_identity, is_gone, process_started
@@ -82,10 +83,10 @@ async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(da
         await app.start_workflow(held.flow, id="it")
         await held.reached.wait()
         assert peer._life.worker is not None
-        await peer._life.worker._scan()
+        await peer._life.worker._claims._scan()
         await crash(app)
-        peer._life.worker._others = [row._replace(pid=2**31 - 2) for row in peer._life.worker._others]
-        peer._life.worker._hint.set()
+        peer._life.worker._claims._others = [row._replace(pid=2**31 - 2) for row in peer._life.worker._claims._others]
+        peer._life.worker._claims._hint.set()
         held.go.set()
         assert await (await peer.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
 
@@ -93,7 +94,7 @@ async def test_running_peer_notices_a_dead_process_long_before_the_lease_ends(da
 async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_before(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "SCAN_INTERVAL_S", 0.5)
+    monkeypatch.setattr(claims_module, "SCAN_INTERVAL_S", 0.5)
     held = Held()
     app = App(database)
     await app.start()
@@ -105,11 +106,11 @@ async def test_worker_of_another_host_is_taken_over_when_its_lease_ends_and_not_
     held.go.set()
     async with App(database) as app:
         assert app._life.worker is not None
-        await app._life.worker._scan()
+        await app._life.worker._claims._scan()
         assert (await (await app.get_handle("it")).status()) is Status.RUNNING
         assert rows(database, "SELECT count(*) FROM romancy_workers WHERE host = 'elsewhere'") == [(1,)]
         execute(database, "UPDATE romancy_workers SET lease_until = ? WHERE host = 'elsewhere'", now_us - 1)
-        await app._life.worker._scan()
+        await app._life.worker._claims._scan()
         assert await (await app.get_handle("it")).result(RESULT_TIMEOUT_S) == "done"
         assert rows(database, "SELECT count(*) FROM romancy_workers WHERE host = 'elsewhere'") == [(0,)]
 
@@ -249,9 +250,9 @@ async def test_orphans_of_unknown_workflows_are_given_back_to_everybody(database
 
     async with App(database, workflows=[other]) as app:
         assert app._life.worker is not None
-        await app._life.worker._scan()
-        await app._life.worker._bury_the_gone()
-        await app._life.worker._take_over()
+        await app._life.worker._claims._scan()
+        await app._life.worker._claims._bury_the_gone()
+        await app._life.worker._claims._take_over()
         assert rows(database, "SELECT status, owner, ready_at FROM romancy_instances") == [("pending", None, 0)]
     held.go.set()
     async with App(database, workflows=[held.flow]) as app:
@@ -472,7 +473,7 @@ async def test_takeover_fills_the_room_and_goes_on_when_there_is_more(database: 
         for handle in handles:
             await (await app.get_handle(handle.instance_id)).result(RESULT_TIMEOUT_S)
     assert crowd.most <= 4
-    assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S
+    assert time.monotonic() - began < claims_module.SCAN_INTERVAL_S
 
 
 async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(
@@ -494,7 +495,7 @@ async def test_going_to_sleep_makes_room_for_what_waits_in_the_database(
     async with App(database, clock=clock, max_instances=1) as app:
         handle = await app.get_handle("q", quick)
         assert await handle.result(RESULT_TIMEOUT_S) == "done"
-    assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S
+    assert time.monotonic() - began < claims_module.SCAN_INTERVAL_S
 
 
 async def test_app_without_any_workflow_starts(database: Database) -> None:
@@ -513,4 +514,4 @@ async def test_start_by_another_process_is_noticed_soon(database: Database) -> N
         began = time.monotonic()
         for n in range(1, 4):
             assert await (await client.start_workflow(flow, n)).result(RESULT_TIMEOUT_S) == n
-        assert time.monotonic() - began < worker_module.SCAN_INTERVAL_S / 2
+        assert time.monotonic() - began < claims_module.SCAN_INTERVAL_S / 2

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from romancy import App, ConfigurationError, Status, Workflow, WorkflowContext, activity, workflow
-from romancy.engine import worker as worker_module
+from romancy.engine import claims as claims_module
 from romancy.storage import listener as listener_module
 from romancy.storage.listener import Listener
 from romancy.storage.postgresql import PostgresqlLink, PostgresqlStore
@@ -36,8 +36,8 @@ def database(postgresql_url: str) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        (worker_module, "SCAN_INTERVAL_S"),
-        (worker_module, "CLEARING_INTERVAL_S"),
+        (claims_module, "SCAN_INTERVAL_S"),
+        (claims_module, "CLEARING_INTERVAL_S"),
         (listener_module, "CALL_INTERVAL_S"),
         (listener_module, "LONGEST_ECHO_S"),
     ):
@@ -130,11 +130,11 @@ async def test_deaf_worker_looks_often_while_something_goes_on(database: str) ->
             assert worker is not None
             await app.start_workflow(flow)
             await worker.writer.drained()
-            waits_s = [worker._next_scan_wait_s() for _ in range(5)]
-            assert waits_s == [0.1, 0.2, 0.4, worker_module.SCAN_INTERVAL_S, worker_module.SCAN_INTERVAL_S]
+            waits_s = [worker._claims._next_scan_wait_s() for _ in range(5)]
+            assert waits_s == [0.1, 0.2, 0.4, claims_module.SCAN_INTERVAL_S, claims_module.SCAN_INTERVAL_S]
     async with App(database) as app:
         assert app._life.worker is not None
-        assert app._life.worker._next_scan_wait_s() == worker_module.SCAN_INTERVAL_S
+        assert app._life.worker._claims._next_scan_wait_s() == claims_module.SCAN_INTERVAL_S
 
 
 async def test_a_direct_address_for_listening_cures_a_pooler(
@@ -206,9 +206,10 @@ async def test_idle_worker_is_quiet(database: str, hears: bool, monkeypatch: pyt
         async with App(database if hears else pooled, lease_ttl=LEASE_TTL_S) as app:
             await until(lambda: listener_of(app)._has_heard if hears else app._life.store.is_deaf)
             assert app._life.worker is not None
-            await until(lambda: app._life.worker._scan_wait_s == worker_module.SCAN_INTERVAL_S)  # type: ignore[union-attr]
+            claims = app._life.worker._claims
+            await until(lambda: claims._scan_wait_s == claims_module.SCAN_INTERVAL_S)
             # What the listener's first hint has asked for belongs to the start.
-            await until(lambda: not app._life.worker._may_have_mail and app._life.worker._next_due_us != 0)  # type: ignore[union-attr]
+            await until(lambda: not claims._may_have_mail and claims._next_due_us != 0)
             monkeypatch.setattr(PostgresqlLink, "execute", counted)
             monkeypatch.setattr(PostgresqlLink, "execute_together", counted_together)
             began = time.monotonic()

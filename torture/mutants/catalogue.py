@@ -218,7 +218,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is claimed is forgotten when the next question fails",
-        "engine/worker.py",
+        "engine/claims.py",
         """            self._claimed += rows
             if len(rows) < limit:
                 self._next_due_us = await _done(self._store.next_due())
@@ -231,7 +231,7 @@ MUTANTS = (
     ),
     Mutant(
         "what others have locked is asked for without a pause",
-        "engine/worker.py",
+        "engine/claims.py",
         "self._next_due_us = now_us + LOCKED_WAIT_US",
         "self._next_due_us = now_us",
         (f"{ODD}::test_worker_does_not_ask_without_end_for_what_another_has_locked[postgresql]",),

@@ -1,4 +1,4 @@
-"""A worker: owns instances under a lease, claims what is free or orphaned, hands back what it leaves.
+"""A worker: owns instances under a lease, runs what it has started or claimed, hands back what it leaves.
 
 One worker is one life: when it loses its lease it stops for good, and the app begins another one.
 """
@@ -10,19 +10,19 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
-from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from uuid import uuid4
 
 from romancy.clock import Clock
 from romancy.definitions import CODE_NAMES, Catalogue, Workflow
 from romancy.engine.activities import ActivityRunner
-from romancy.engine.instance import LiveInstance, in_order_of_asking
+from romancy.engine.claims import Claims
+from romancy.engine.instance import LiveInstance
 from romancy.engine.lease import Lease
 from romancy.engine.operations import ActivityOperation
-from romancy.engine.process import host_identity, is_gone, process_started
+from romancy.engine.process import host_identity, process_started
 from romancy.engine.timers import TimerQueue
 from romancy.errors import DatabaseError, FencedError, InstanceStateError
 from romancy.failures import encode_error
@@ -31,28 +31,17 @@ from romancy.model import Status
 from romancy.settings import Settings
 from romancy.signature import Arguments
 from romancy.storage.mail import Post
-from romancy.storage.rows import ClaimedRow, HistoryRow, StartRow, StateRow, WorkerRow
+from romancy.storage.rows import ClaimedRow, StartRow, StateRow, WorkerRow
 from romancy.storage.sessions import SessionEngines
 from romancy.storage.store import Store
 from romancy.storage.writer import Recorder, Writer
 
 logger = logging.getLogger("romancy.worker")
 
-T = TypeVar("T")
-
 MAX_CLAIMS = 20
-CLAIM_SIZE = 200
-HISTORY_PAGE = 1_000
-SCAN_INTERVAL_S = 5.0
-SHORTEST_SCAN_INTERVAL_S = 0.1
-LOCKED_WAIT_US = 20_000
 LONGEST_FAREWELL_S = 5.0
-GONE_CHECK_INTERVAL_S = 0.5
-CHANGE_CHECK_INTERVAL_S = 0.02
 MOST_ROWS_AHEAD = 500
 """Rows that may wait for a commit when a further run of an instance begins."""
-
-CLEARING_INTERVAL_S = 300.0
 
 
 class WorkerListener(Protocol):
@@ -130,20 +119,9 @@ class Worker:
         self._live: dict[str, LiveInstance] = {}
         self._ending: set[str] = set()
         self._waiting: OrderedDict[str, LiveInstance] = OrderedDict()
-        self._others: list[WorkerRow] = []
-        self._dead: dict[str, WorkerRow] = {}
         self._reserved = 0
-        self._wants_room = False
-        self._claimed: list[ClaimedRow] = []
-        self._next_due_us: int | None = None
-        self._may_have_mail = False
-        self._cleared_at = 0.0
-        self._scan_wait_s = SCAN_INTERVAL_S
-        self._seen_commits = 0
         self._is_stopping = False
-        self._is_stopped = False
-        self._hint = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._claims = Claims(self, store, lease_clock, settings)
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -163,18 +141,15 @@ class Worker:
             process_started(os.getpid()) or 0,
             self._lease.deadline_us(),
         )
-        await _done(self._store.register(row, started_at=now))
+        await asyncio.wrap_future(self._store.register(row, started_at=now))
         self._lease.start()
         self._store.start_listening(self._on_hint_from_thread)
-        self._tasks = [
-            self._loop.create_task(self._forever(self._look_for_work), name="romancy-claims"),
-            self._loop.create_task(self._forever(self._watch_changes), name="romancy-changes"),
-        ]
+        self._claims.start()
 
     async def stop(self, grace_s: float) -> None:
         """Take no new work, let running activities end, then hand everything back."""
         self._is_stopping = True
-        await self._end_tasks()
+        await self._claims.stop()
         await self._runner.finish(grace_s)
         # Instances leave before their activities are cut off, or they would take the cut for an outcome.
         self._drop_all()
@@ -183,33 +158,25 @@ class Worker:
             async with asyncio.timeout(LONGEST_FAREWELL_S):
                 await self.writer.drained()
                 if self.writer.stopped_by is None:
-                    await _done(self._store.leave(self.worker_id, self.clock.now_us()))
+                    await asyncio.wrap_future(self._store.leave(self.worker_id, self.clock.now_us()))
         except (TimeoutError, DatabaseError) as error:
             # What was not written is done again by whoever takes over.
             why = str(error) or f"nothing could be written within {LONGEST_FAREWELL_S:.0f} s"
             logger.warning("worker %s can't hand its instances back: %s", self._settings.name, why)
             self._store.give_up()
-        self._is_stopped = True
 
     async def abandon(self) -> None:
         """Leave memory without writing anything more, as after a lost lease."""
         self._is_stopping = True
-        await self._end_tasks()
+        await self._claims.stop()
         self._drop_all()
         await self._stop_running()
-        self._is_stopped = True
 
     async def _stop_running(self) -> None:
         await asyncio.to_thread(self._store.stop_listening)
         await self._runner.close()
         self._lease.stop()
         self.timers.close()
-
-    async def _end_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
 
     def _drop_all(self) -> None:
         for instance in list(self._live.values()):
@@ -229,6 +196,10 @@ class Worker:
         logger.error("worker %s (%s) stops: %s", self.worker_id, self._settings.name, error)
         self._drop_all()
         self._listener.on_worker_lost(error)
+
+    def on_foreign_change(self) -> None:
+        """See :class:`romancy.engine.claims.ClaimsHost`."""
+        self._listener.on_foreign_change()
 
     def lease_deadline_us(self) -> int:
         """See :class:`romancy.engine.activities.RunnerHost`."""
@@ -258,27 +229,30 @@ class Worker:
         """Run an instance that was just stored as this worker's own, with the input that it was stored with."""
         self._reserved -= 1
         if not is_new or self._is_stopping:
-            self._on_room()
+            self._claims.on_room()
             return
         assert row.started_at is not None
         claimed = ClaimedRow(
             row.instance_id, row.run, row.workflow_name, row.status, row.claims, row.started_at, row.input
         )
-        instance = self._load(claimed, given)
+        instance = self.load(claimed, given)
         if instance is not None:
             instance.begin()
 
     def hint(self) -> None:
         """There may be work: look now."""
-        self._next_due_us = 0
-        self._may_have_mail = True
-        self._hint.set()
+        self._claims.hint()
 
     def _on_hint_from_thread(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed
             self._loop.call_soon_threadsafe(self.hint)
 
-    def _load(self, row: ClaimedRow, given: Arguments | None = None) -> LiveInstance | None:
+    def live(self, instance_id: str) -> LiveInstance | None:
+        """See :class:`romancy.engine.claims.ClaimsHost`."""
+        return self._live.get(instance_id)
+
+    def load(self, row: ClaimedRow, given: Arguments | None = None) -> LiveInstance | None:
+        """Take an instance into memory; ``None``: it can't be, and is set aside."""
         try:
             if row.claims > MAX_CLAIMS:
                 raise InstanceStateError(
@@ -316,7 +290,7 @@ class Worker:
         self._waiting.move_to_end(instance.instance_id)
         if len(self._waiting) > self._settings.max_hot_instances:
             self._loop.call_soon(self._evict)
-        self._on_room()
+        self._claims.on_room()
 
     def _evict(self) -> None:
         """Put the instances to bed that have waited longest."""
@@ -324,9 +298,8 @@ class Worker:
             _, instance = self._waiting.popitem(last=False)
             wake = instance.next_wake_us()
             instance.evict()
-            if wake is not None and (self._next_due_us is None or wake < self._next_due_us):
-                self._next_due_us = wake
-                self._hint.set()
+            if wake is not None:
+                self._claims.note_due(wake)
 
     # -- mail --------------------------------------------------------------------------------------
 
@@ -346,7 +319,7 @@ class Worker:
         """See :class:`romancy.engine.instance.InstanceHost`."""
 
         def begin() -> None:
-            instance = None if self._is_stopping else self._load(row, given)
+            instance = None if self._is_stopping else self.load(row, given)
             if instance is not None:
                 instance.ticket = ticket
                 last.succeeded_by(instance)
@@ -377,28 +350,6 @@ class Worker:
             self.hint()
             self._store.tell_others()
 
-    async def _look_for_mail(self) -> None:
-        """Fetch what others have sent to instances of this worker, and claim those that nobody owns."""
-        while self._may_have_mail and self.room > 0:
-            self._may_have_mail = False
-            deliveries, addressees = await _done(self._store.find_news(self.worker_id))
-            for delivery in sorted(deliveries, key=in_order_of_asking):
-                instance = self._live.get(delivery.instance_id)
-                if instance is not None:
-                    await self._in_callback(partial(instance.on_delivery, delivery))
-            some = addressees[: max(self.room, 0)]
-            if some:
-                rows = await _done(self._store.claim_addressed(self.worker_id, self.clock.now_us(), some))
-                await self._resume(rows)
-                self._may_have_mail = True  # there may be more
-        self._wants_room = self._wants_room or self._may_have_mail
-
-    async def _clear_expired(self) -> None:
-        if self._loop.time() - self._cleared_at >= CLEARING_INTERVAL_S:
-            self._cleared_at = self._loop.time()
-            while await _done(self._store.clear_expired(self.clock.now_us(), CLAIM_SIZE)) >= CLAIM_SIZE:
-                pass
-
     def on_ended(self, instance: LiveInstance, state: StateRow | None) -> None:
         """See :class:`romancy.engine.instance.InstanceHost`."""
         self._ending.discard(instance.instance_id)
@@ -415,200 +366,4 @@ class Worker:
         if instance.has_ended:
             self._ending.add(instance.instance_id)
         self._waiting.pop(instance.instance_id, None)
-        self._on_room()
-
-    def _on_room(self) -> None:
-        """A place may have become free: go on with the claims that were waiting for one."""
-        if self._wants_room and self.room > 0:
-            self._wants_room = False
-            self._hint.set()
-
-    # -- looking for work --------------------------------------------------------------------------
-
-    async def _forever(self, body: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await body()
-            except FencedError as error:
-                self.on_fenced(error)
-                return
-            except DatabaseError as error:
-                logger.warning("worker %s can't look for work now: %s", self._settings.name, error)
-                await asyncio.sleep(0.5)
-            except Exception:
-                logger.exception("worker %s failed in an unforeseen way while it looked for work", self._settings.name)
-                await asyncio.sleep(0.5)
-
-    async def _look_for_work(self) -> None:
-        if self._store.has_unsure_claim:
-            recovered = await _done(self._store.recover_claim(self.worker_id))
-            self._claimed += recovered
-        await self._resume_claimed()
-        await self._scan()
-        await self._clear_expired()
-        next_scan = self._loop.time() + min(self._next_scan_wait_s(), self._settings.lease_ttl_s / 2)
-        while True:
-            await self._bury_the_gone()
-            await self._take_over()
-            await self._claim_due()
-            await self._look_for_mail()
-            wait_s = next_scan - self._loop.time()
-            if wait_s <= 0:
-                return
-            if not self._may_have_mail or self.room <= 0:
-                await self._sleep(min(wait_s, self._seconds_to_next_due(), self._seconds_to_gone_check()))
-
-    def _next_scan_wait_s(self) -> float:
-        """Where hints are not heard, look often while something is going on, and ever more rarely when it is not."""
-        if not self._store.is_deaf:
-            return SCAN_INTERVAL_S
-        is_busy = self._seen_commits != self.writer.committed
-        self._seen_commits = self.writer.committed
-        self._scan_wait_s = SHORTEST_SCAN_INTERVAL_S if is_busy else min(2 * self._scan_wait_s, SCAN_INTERVAL_S)
-        return self._scan_wait_s
-
-    async def _sleep(self, wait_s: float) -> None:
-        self._hint.clear()
-        try:
-            async with asyncio.timeout(max(wait_s, 0)):
-                await self._hint.wait()
-        except TimeoutError:
-            return
-
-    def _seconds_to_next_due(self) -> float:
-        if self._next_due_us is None or self.room <= 0:
-            return SCAN_INTERVAL_S
-        return (self._next_due_us - self.clock.now_us()) / 1_000_000
-
-    def _seconds_to_gone_check(self) -> float:
-        here = host_identity()
-        return GONE_CHECK_INTERVAL_S if any(row.host == here for row in self._others) else SCAN_INTERVAL_S
-
-    async def _scan(self) -> None:
-        """Look at the other workers and at the next due time."""
-        rows, self._next_due_us, has_mail = await _done(self._store.scan())
-        self._may_have_mail = self._may_have_mail or has_mail
-        if all(row.worker_id != self.worker_id or row.state != "alive" for row in rows):
-            raise FencedError(f"worker {self.worker_id} has lost its lease")
-        self._others = [row for row in rows if row.worker_id != self.worker_id and row.state == "alive"]
-        self._dead = {row.worker_id: row for row in rows if row.state == "dead"}
-        now = self._lease_clock.now_us()
-        for row in [row for row in self._others if row.lease_until < now]:
-            await self._bury(row)
-
-    async def _bury_the_gone(self) -> None:
-        for row in [row for row in self._others if is_gone(row)]:
-            await self._bury(row)
-
-    async def _bury(self, row: WorkerRow) -> None:
-        """Mark a worker dead; its commit in flight, if any, ends before that or fails after."""
-        has_gone = is_gone(row)
-        if await _done(self._store.bury(row.worker_id, self._lease_clock.now_us(), is_gone=has_gone)):
-            # A restart after a crash is everyday life; a worker that fell silent is not.
-            level = logging.INFO if has_gone else logging.WARNING
-            logger.log(level, "worker %s (%s) is dead; taking over its instances", row.name, row.worker_id)
-            self._dead[row.worker_id] = row
-        self._others = [other for other in self._others if other.worker_id != row.worker_id]
-
-    async def _take_over(self) -> None:
-        """Claim the instances of dead workers, as far as there is room; the rest when there is."""
-        while self._dead:
-            if self.room <= 0:
-                self._wants_room = True
-                return
-            dead_id = next(iter(self._dead))
-            limit = min(CLAIM_SIZE, self.room)
-            rows = await _done(self._store.claim_from(dead_id, self.worker_id, self.clock.now_us(), limit))
-            if rows:
-                await self._resume(rows)
-            else:
-                self._dead.pop(dead_id, None)
-                self._next_due_us = await _done(self._store.next_due())
-
-    async def _claim_due(self) -> None:
-        """Claim what nobody owns and whose time has come, as far as there is room."""
-        while self._next_due_us is not None and self._next_due_us <= self.clock.now_us():
-            if self.room <= 0:
-                self._wants_room = True
-                return
-            limit = min(CLAIM_SIZE, self.room)
-            rows = await _done(self._store.claim_ready(self.worker_id, self.clock.now_us(), limit))
-            # Noted first: they are this worker's, also when the next question finds no answer.
-            self._claimed += rows
-            if len(rows) < limit:
-                self._next_due_us = await _done(self._store.next_due())
-            now_us = self.clock.now_us()
-            if not rows and self._next_due_us is not None and self._next_due_us <= now_us:
-                # Somebody else is about to take them; asking without a pause would not be faster.
-                self._next_due_us = now_us + LOCKED_WAIT_US
-            await self._resume_claimed()
-
-    async def _resume(self, rows: Sequence[ClaimedRow]) -> None:
-        """Bring claimed instances back to where their history ends."""
-        self._claimed += rows
-        await self._resume_claimed()
-
-    async def _resume_claimed(self) -> None:
-        # They are this worker's already: what fails here, for the database does, is done again.
-        while self._claimed:
-            rows = self._claimed[:CLAIM_SIZE]
-            pages = await _done(self._store.read_history([(r.instance_id, r.run, 0) for r in rows], HISTORY_PAGE))
-            deliveries, waits = await _done(self._store.read_mail_of([row.instance_id for row in rows]))
-            for row, page in zip(rows, pages, strict=True):
-                instance = await self._in_callback(partial(self._load, row))
-                if instance is not None:
-                    its_deliveries = [mail for mail in deliveries if mail.instance_id == row.instance_id]
-                    its_waits = [wait for wait in waits if wait.instance_id == row.instance_id]
-                    if its_deliveries or its_waits:
-                        instance.know_mail(its_deliveries, its_waits)
-                    try:
-                        await self._replay(instance, page)
-                    except DatabaseError:
-                        instance.drop()
-                        raise
-                    except Exception as error:
-                        await self._in_callback(partial(instance.park, error))
-                self._claimed.remove(row)
-
-    async def _replay(self, instance: LiveInstance, page: list[HistoryRow]) -> None:
-        while await self._in_callback(partial(instance.replay, page)):
-            if len(page) < HISTORY_PAGE:
-                await self._in_callback(instance.go_live)
-                return
-            wanted = [(instance.instance_id, instance.run, page[-1].seq)]
-            (page,) = await _done(self._store.read_history(wanted, HISTORY_PAGE))
-
-    async def _in_callback(self, function: Callable[[], T]) -> T:
-        """Run workflow code from a plain callback of the loop, never inside a task's step."""
-        done: asyncio.Future[T] = self._loop.create_future()
-
-        def run() -> None:
-            try:
-                result = function()
-            except BaseException as error:
-                if not done.done():
-                    done.set_exception(error)
-            else:
-                if not done.done():
-                    done.set_result(result)
-
-        self._loop.call_soon(run)
-        return await done
-
-    async def _watch_changes(self) -> None:
-        """Notice what other processes commit, by a look at the log file; only a change costs statements."""
-        while True:
-            await asyncio.sleep(CHANGE_CHECK_INTERVAL_S)
-            if not self._store.has_changed() or not await _done(self._store.others_have_committed()):
-                continue
-            self._listener.on_foreign_change()
-            self._may_have_mail = True
-            self._hint.set()
-            due = await _done(self._store.next_due())
-            if due is not None and (self._next_due_us is None or due < self._next_due_us):
-                self._next_due_us = due
-                self._hint.set()
-
-
-async def _done(future: Future[T]) -> T:
-    return await asyncio.wrap_future(future)
+        self._claims.on_room()
