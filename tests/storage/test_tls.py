@@ -24,7 +24,6 @@ from romancy import (
 )
 from tests.certificates import Certificates, make_certificates
 from tests.databases import execute, server_with
-from tests.own_postgresql import postgresql
 from tests.servers import MYSQL_FOLDER, UNPRIVILEGED
 from tests.support import RESULT_TIMEOUT_S
 
@@ -55,14 +54,15 @@ def certificates() -> Iterator[Certificates]:
 def _server(kind: str, certificates: Certificates) -> Iterator[str]:
     files = certificates
     if kind == "postgresql":
-        settings = ["ssl=on", f"ssl_cert_file={files.cert}", f"ssl_key_file={files.key}", f"ssl_ca_file={files.ca}"]
         # Nobody gets in without TLS.
-        with postgresql(*settings, hba="hostssl all all 127.0.0.1/32 trust") as url:
-            yield url
+        rules = files.ca.with_name("pg_hba.conf")
+        rules.write_text("hostssl all all 127.0.0.1/32 trust\n")
+        named = {"ssl_cert_file": files.cert, "ssl_key_file": files.key, "ssl_ca_file": files.ca, "hba_file": rules}
+        options = ["-c", "ssl=on", *(part for name, path in named.items() for part in ("-c", f"{name}={path}"))]
     else:
-        options = (f"--ssl-cert={files.cert}", f"--ssl-key={files.key}", f"--ssl-ca={files.ca}")
-        with server_with("mysql", *options) as url:
-            yield url
+        options = [f"--ssl-cert={files.cert}", f"--ssl-key={files.key}", f"--ssl-ca={files.ca}"]
+    with server_with(kind, *options, with_tls=True) as url:
+        yield url
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -158,9 +158,12 @@ async def test_client_certificate_is_presented(server: str, certificates: Certif
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_server_without_tls_is_refused(kind: str, certificates: Certificates) -> None:
-    without = "--tls-version=" if MYSQL_FOLDER in os.environ else "--skip-ssl"
-    own = postgresql("ssl=off") if kind == "postgresql" else server_with("mysql", without)
-    with own as url, pytest.raises(DatabaseUnavailableError, match=r"that the server offers TLS"):
+    of_mysql = "--tls-version=" if MYSQL_FOLDER in os.environ else "--skip-ssl"
+    without = ["-c", "ssl=off"] if kind == "postgresql" else [of_mysql]
+    with (
+        server_with(kind, *without) as url,
+        pytest.raises(DatabaseUnavailableError, match=r"that the server offers TLS"),
+    ):
         await App(_with(url, "full", ca=certificates.ca)).start()
 
 
