@@ -11,7 +11,8 @@ from typing import Any
 
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, Engine, cast, event, func, text
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.util import await_only
 
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError, PacketTooLargeError
 from romancy.storage.address import ServerAddress
@@ -61,7 +62,6 @@ MOST_ALONE = 200 * 1024 * 1024
 """Characters of one instance's rows; they may take four bytes each, and the server has no values of more than 1 GB."""
 
 PREPARING = "prepare_threshold"
-DIVISION_BY_ZERO = "22012"
 ANYTHING = "SELECT 1"
 WHO_SERVES = "SELECT pg_backend_pid()"
 MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
@@ -330,22 +330,34 @@ class PostgresqlStore(ServerStore):
     ) -> Post | None:
         if outgoing:
             return super().commit_in(connection, worker_id, event, renew_until, outgoing)
-        values = (worker_id, _as_json(HistoryRow._fields, [event]))
-        driver: Any = connection.connection.driver_connection
-        is_sync = isinstance(driver, psycopg.Connection)
-        cursor = psycopg.ClientCursor(driver) if is_sync else psycopg.AsyncClientCursor(driver)
+        values = (event.run, worker_id, event.instance_id, *event[2:])
         try:
-            # One round trip for both: a lost fence makes the division fail, and nothing after it is carried out.
-            options = {"no_parameters": True}
-            connection.exec_driver_sql(cursor.mogrify(_RECORD_AND_COMMIT.encode(), values), execution_options=options)
-        except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) == DIVISION_BY_ZERO:
-                raise fenced(worker_id) from error
-            if isinstance(error.orig, psycopg.IntegrityError) and error.orig.diag.table_name == history.name:
-                raise taken(event, error.orig) from error
-            raise
+            # One round trip for both: without the fence the row is refused, and nothing after it is carried out.
+            self._execute_as_text(connection, _RECORD_AND_COMMIT, values)
+        except IntegrityError as error:
+            refused: Any = error.orig
+            if refused.diag.table_name != history.name:
+                raise
+            raise (fenced(worker_id) if refused.diag.column_name == "run" else taken(event, refused)) from error
         connection.commit()  # SQLAlchemy does not know yet; nothing is sent
         return None
+
+    def _execute_as_text(self, connection: Connection, sql: bytes, values: Sequence[Any]) -> None:
+        """Run several statements in one round trip, the values written into them."""
+        driver: Any = connection.connection.driver_connection
+        is_sync = isinstance(driver, psycopg.Connection)
+        cursor: Any = psycopg.ClientCursor(driver) if is_sync else psycopg.AsyncClientCursor(driver)
+        line = self.line_of(connection)
+        if line is None or not line.is_ours:
+            # What listens to the application's engine is to see it.
+            connection.exec_driver_sql(cursor.mogrify(sql, values), execution_options={"no_parameters": True})
+            return
+        try:
+            executed = cursor.execute(sql, values)
+            if not is_sync:
+                await_only(executed)
+        except psycopg.IntegrityError as error:
+            raise IntegrityError(sql.decode(), None, error) from error
 
     def _record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
         del renew_until
@@ -428,6 +440,7 @@ _FEW = "v.instance_id = v.instance_id || ''"
 """Always so. But the planner, which takes any JSON for 100 rows, takes those that fulfil this for one, and looks them
 up in the index; for 100 it would rather walk through a table of some thousand instances, at each flush."""
 
+_ALL_BUT_RUN = ("instance_id", *HistoryRow._fields[2:])
 _ALIVE = "EXISTS (SELECT FROM fence)"
 _OF_THESE = f"= ANY (CAST(%s AS text[])) AND {_ALIVE}"
 _END = (
@@ -467,12 +480,13 @@ def _flush_statement(fence: str, end: str) -> str:
     )
 
 
+_RUN_OF_THE_LIVING = f"(SELECT %s FROM {workers.name} WHERE worker_id = %s AND state = 'alive' FOR SHARE)"
+"""A history row's run, as only a worker has it that is alive; for others it is missing, and the row is refused."""
+
 _RECORD_AND_COMMIT = (
-    f"WITH fence AS MATERIALIZED (SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' FOR SHARE), "
-    f"recorded AS (INSERT INTO {history.name} ({', '.join(HistoryRow._fields)}) "
-    f"SELECT {', '.join(HistoryRow._fields)} FROM {_recordset(HistoryRow._fields)} WHERE {_ALIVE} RETURNING 1) "
-    f"SELECT 1 / count(*) FROM recorded; COMMIT"
-)
+    f"INSERT INTO {history.name} (run, {', '.join(_ALL_BUT_RUN)}) "
+    f"VALUES ({_RUN_OF_THE_LIVING}, {', '.join(['%s'] * len(_ALL_BUT_RUN))}); COMMIT"
+).encode()
 _RECORD = text(
     f"WITH fence AS MATERIALIZED (SELECT 1 FROM {workers.name} "
     f"WHERE worker_id = :me AND state = 'alive' FOR SHARE) "

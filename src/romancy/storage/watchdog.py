@@ -29,15 +29,17 @@ class Line:
 
     Attributes:
         deadline: when to break it, by ``time.monotonic``; ``None`` while nobody waits for an answer.
+        is_ours: the connection is not one of the application's.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, is_ours: bool = True) -> None:
         try:
             self._socket = socket.socket(fileno=socket.dup(descriptor))
         except OSError:
             # The server has hung up already, and the driver has closed it: that is the driver's to say.
             self._socket = socket.socket()
         self.deadline: float | None = None
+        self.is_ours = is_ours
 
     def __del__(self) -> None:
         self._socket.close()
@@ -97,7 +99,7 @@ class Watchdog:
 
     def hold(self, descriptor: int, *, is_ours: bool = True) -> Line:
         """A line over this socket, to be looked at; the settings of one that is not ours are left as they are."""
-        line = Line(descriptor)
+        line = Line(descriptor, is_ours=is_ours)
         if is_ours:
             line.keep_alive(self.limit_s)
         with self._lock:
