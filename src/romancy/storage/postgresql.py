@@ -333,17 +333,16 @@ class PostgresqlStore(ServerStore):
         values = (event.run, worker_id, event.instance_id, *event[2:])
         try:
             # One round trip for both: without the fence the row is refused, and nothing after it is carried out.
-            self._execute_as_text(connection, _RECORD_AND_COMMIT, values)
+            self._execute_and_end(connection, _RECORD_AND_COMMIT, values)
         except IntegrityError as error:
             refused: Any = error.orig
             if refused.diag.table_name != history.name:
                 raise
             raise (fenced(worker_id) if refused.diag.column_name == "run" else taken(event, refused)) from error
-        connection.commit()  # SQLAlchemy does not know yet; nothing is sent
         return None
 
-    def _execute_as_text(self, connection: Connection, sql: bytes, values: Sequence[Any]) -> None:
-        """Run several statements in one round trip, the values written into them."""
+    def _execute_and_end(self, connection: Connection, sql: bytes, values: Sequence[Any]) -> None:
+        """Run statements that end the transaction in one round trip, the values written into them."""
         driver: Any = connection.connection.driver_connection
         is_sync = isinstance(driver, psycopg.Connection)
         cursor: Any = psycopg.ClientCursor(driver) if is_sync else psycopg.AsyncClientCursor(driver)
@@ -351,6 +350,7 @@ class PostgresqlStore(ServerStore):
         if line is None or not line.is_ours:
             # What listens to the application's engine is to see it.
             connection.exec_driver_sql(cursor.mogrify(sql, values), execution_options={"no_parameters": True})
+            connection.commit()  # SQLAlchemy does not know yet; nothing is sent
             return
         try:
             executed = cursor.execute(sql, values)
@@ -358,6 +358,7 @@ class PostgresqlStore(ServerStore):
                 await_only(executed)
         except psycopg.IntegrityError as error:
             raise IntegrityError(sql.decode(), None, error) from error
+        # SQLAlchemy will roll back when it closes: there is nothing left, and nothing is sent.
 
     def _record_in(self, connection: Connection, worker_id: str, event: HistoryRow, renew_until: int) -> None:
         del renew_until
