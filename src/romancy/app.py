@@ -64,8 +64,9 @@ class App:
             (one for ``async def``, one for plain ``def``); by default 10, on SQLite, which has one writer, 5. What
             else Romancy has open is fixed: two connections that write and read, one that listens, up to ten for
             queries.
-        max_overflow: how many more may be opened while those are all in use; by default 20, on SQLite 10. With 0, an
-            attempt that finds none free within 30 s is made again, and does not count.
+        max_overflow: how many more may be opened while those are all in use; by default 20, on SQLite 10. They are
+            closed when nobody has needed them for some seconds. With 0, an attempt that finds none free within 30 s is
+            made again, and does not count.
         worker_id: a name for this worker in messages and tables; by default host and process id. Ownership does
             not depend on it: each start of an app is a worker of its own.
         workflows: what this app can run; by default all of the default catalogue.

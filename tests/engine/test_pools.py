@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Barrier
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from romancy import App, ConfigurationError, WorkflowContext, activity, current_activity, workflow
+from romancy.engine import claims
+from romancy.storage import sessions
 from tests.databases import Database, kind_of
 from tests.support import RESULT_TIMEOUT_S, until_quiet
 
@@ -72,3 +75,48 @@ def test_pool_options_without_a_pool_of_romancys_own_are_refused() -> None:
     App("a.db", engine=engine, pool_size=3)
     with pytest.raises(ConfigurationError, match="bring their own pools"):
         App("a.db", engine=engine, sync_engine=sync_engine, pool_size=3)
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async def", "def"])
+async def test_connections_of_a_crowd_serve_the_next_one_and_are_closed_once_nobody_needs_them(
+    database: Database, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind_of(database) == "sqlite":
+        pytest.skip("its sessions are open one at a time anyway")
+    monkeypatch.setattr(claims, "SCAN_INTERVAL_S", 0.1)
+    crowd = Barrier(3) if not is_async else asyncio.Barrier(3)
+    opened: list[Any] = []
+
+    @activity
+    async def meet() -> None:
+        await current_activity().session.execute(text("SELECT 1"))
+        assert isinstance(crowd, asyncio.Barrier)
+        await crowd.wait()
+
+    @activity
+    def meet_in_thread() -> None:
+        current_activity().sync_session.execute(text("SELECT 1"))
+        assert isinstance(crowd, Barrier)
+        crowd.wait(RESULT_TIMEOUT_S)
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await asyncio.gather(*[meet() if is_async else meet_in_thread() for _ in range(3)])
+
+    async with App(database, pool_size=1, max_overflow=2, activity_threads=3) as app:
+        pool: Any = app._life.engines.sync_engine(is_async=is_async).pool
+        event.listen(pool, "connect", lambda *_: opened.append(_))
+        for _ in range(3):
+            await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+        assert len(opened) == 3
+        await app._life.engines.close_spares()
+        assert pool.overflow() == 2  # they may be needed again
+        monkeypatch.setattr(sessions, "SPARE_S", 0)
+        async with asyncio.timeout(RESULT_TIMEOUT_S):
+            while pool.overflow() > 0:
+                await asyncio.sleep(0)
+        monkeypatch.setattr(sessions, "SPARE_S", 3_600)
+        await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+        assert len(opened) == 5
+        assert pool._spares
+    assert not pool._spares

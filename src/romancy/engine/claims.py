@@ -63,6 +63,10 @@ class ClaimsHost(Protocol):
         """The worker has lost its lease."""
         ...
 
+    async def close_spares(self) -> None:
+        """A few seconds are over: close connections that only a crowd has needed."""
+        ...
+
 
 class Claims:
     """What a worker claims; see the module.
@@ -149,6 +153,7 @@ class Claims:
         await self._resume_claimed()
         await self._scan()
         await self._clear_expired()
+        await self._host.close_spares()
         next_scan = self._loop.time() + min(self._next_scan_wait_s(), self._settings.lease_ttl_s / 2)
         while True:
             await self._bury_the_gone()

@@ -100,6 +100,7 @@ class Worker:
         self.timers = TimerQueue(clock)
         self._settings = settings
         self._store = store
+        self._engines = engines
         self._workflows: Mapping[str, Workflow[..., Any]] = catalogue.workflows
         self._ids = ids
         self._lease_clock = lease_clock
@@ -196,6 +197,10 @@ class Worker:
         logger.error("worker %s (%s) stops: %s", self.worker_id, self._settings.name, error)
         self._drop_all()
         self._listener.on_worker_lost(error)
+
+    async def close_spares(self) -> None:
+        """See :class:`romancy.engine.claims.ClaimsHost`."""
+        await self._engines.close_spares()
 
     def on_foreign_change(self) -> None:
         """See :class:`romancy.engine.claims.ClaimsHost`."""

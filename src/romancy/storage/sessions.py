@@ -11,13 +11,15 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, create_engine, event, select
+from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, QueuePool, create_engine, event, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from romancy.errors import ConfigurationError, DatabaseError, SchemaError, SessionError
@@ -32,6 +34,9 @@ from romancy.storage.watchdog import Line, answered_within
 logger = logging.getLogger("romancy.storage")
 
 LONG_TRANSACTION_S = 1.0
+SPARE_S = 5.0
+"""Seconds for which a connection that the pool has beyond its size is kept for somebody who needs it."""
+
 WITH_SAVEPOINT: Literal["create_savepoint"] = "create_savepoint"
 WITHOUT_SAVEPOINT: Literal["rollback_only"] = "rollback_only"
 _TRANSACTION = "romancy_transaction"
@@ -407,6 +412,48 @@ def _on_statement(
         transaction.on_statement(sql, parameters, is_many)
 
 
+class _SparePool(QueuePool):
+    """A pool that keeps the connections beyond its size for a while, too, for they may be needed again.
+
+    A crowd of short transactions would open and close connections all the time.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._spares: deque[tuple[float, ConnectionPoolEntry]] = deque()
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        with contextlib.suppress(IndexError):
+            return self._spares.pop()[1]
+        return super()._do_get()
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if self._pool.full():
+            self._spares.append((time.monotonic(), record))
+        else:
+            super()._do_return_conn(record)
+
+    def close_spares(self, idle_s: float) -> None:
+        """Close those beyond the size that nobody has needed for so long."""
+        with contextlib.suppress(IndexError):
+            while time.monotonic() - self._spares[0][0] >= idle_s:
+                super()._do_return_conn(self._spares.popleft()[1])
+
+    def dispose(self) -> None:
+        self.close_spares(0)
+        super().dispose()
+
+
+def _spare_pool(engine: Engine) -> _SparePool | None:
+    """The pool of an engine, if it has connections beyond its size."""
+    pool = engine.pool
+    return pool if isinstance(pool, _SparePool) and pool.overflow() > 0 else None
+
+
+class _SpareAsyncPool(_SparePool, AsyncAdaptedQueuePool):
+    """The same for connections of async drivers."""
+
+
 class SessionEngines:
     """The engines behind activity sessions: the application's own where it gives some, else made at the first session.
 
@@ -457,15 +504,24 @@ class SessionEngines:
         """The engine for sessions of that kind (of an async one, its inner engine)."""
         if is_async:
             if self._async_engine is None:
-                self._async_engine = create_async_engine(self.store.url(is_async=True), **self._options)
+                url = self.store.url(is_async=True)
+                self._async_engine = create_async_engine(url, poolclass=_SpareAsyncPool, **self._options)
                 _listen(self._async_engine.sync_engine)
                 self.store.set_up_sessions(self._async_engine.sync_engine)
             return self._async_engine.sync_engine
         if self._engine is None:
-            self._engine = create_engine(self.store.url(is_async=False), **self._options)
+            url = self.store.url(is_async=False)
+            self._engine = create_engine(url, poolclass=_SparePool, **self._options)
             _listen(self._engine)
             self.store.set_up_sessions(self._engine)
         return self._engine
+
+    async def close_spares(self) -> None:
+        """Close connections that only a crowd has needed, once it has gone."""
+        if self._async_engine is not None and (pool := _spare_pool(self._async_engine.sync_engine)) is not None:
+            await greenlet_spawn(pool.close_spares, SPARE_S)
+        if self._engine is not None and (pool := _spare_pool(self._engine)) is not None:
+            await asyncio.to_thread(pool.close_spares, SPARE_S)
 
     async def dispose(self) -> None:
         """Close all connections of Romancy's own engines."""
