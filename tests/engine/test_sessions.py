@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from romancy import (
     App,
@@ -22,6 +24,7 @@ from romancy import (
     current_activity,
     workflow,
 )
+from romancy.storage.rows import HistoryRow
 from romancy.storage.sessions import ActivityTransaction
 from romancy.testing import VirtualClock
 from tests.databases import Database, execute, rows
@@ -344,6 +347,36 @@ async def test_lost_lease_rolls_back_the_users_rows(ledger: Database) -> None:
         assert isinstance(zombie.writer.stopped_by, FencedError)
     assert tokens(ledger) == ["run 2"]
     assert completed(ledger) == ["book:1"]
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async def", "def"])
+@pytest.mark.parametrize("who", ["dead", "unknown", "alive"])
+async def test_only_a_living_worker_commits_a_session(ledger: Database, who: str, is_async: bool) -> None:
+    async with App(ledger) as app:
+        execute(
+            ledger,
+            "INSERT INTO romancy_workers (worker_id, name, state, host, pid, process_started, started_at, lease_until) "
+            "SELECT 'dead', name, 'dead', host, pid, process_started, started_at, lease_until FROM romancy_workers",
+        )
+        assert app._life.worker is not None
+        worker_id = app._life.worker.worker_id if who == "alive" else who
+        row = HistoryRow("i", 1, 1, "ActivityCompleted", "book:1", "book", 1, 1, 1, None, "{}", '"it\'s 100 %"', None)
+        lease_until = app._life.worker.lease_deadline_us()
+        transaction = app._life.engines.transaction(is_async=is_async)
+        insert_token = {"token": "kept"}
+        refused = contextlib.nullcontext() if who == "alive" else pytest.raises(FencedError)
+        if is_async:
+            await cast("AsyncSession", transaction.session()).execute(INSERT, insert_token)
+            await transaction.flush()
+            with refused:
+                await transaction.commit(worker_id, row, lease_until)
+        else:
+            cast("Session", transaction.session()).execute(INSERT, insert_token)
+            transaction.flush_in_thread()
+            with refused:
+                transaction.commit_in_thread(worker_id, row, lease_until)
+    found = rows(ledger, f"SELECT {', '.join(HistoryRow._fields)} FROM romancy_history")
+    assert (tokens(ledger), found) == ((["kept"], [tuple(row)]) if who == "alive" else ([], []))
 
 
 async def test_crash_between_the_users_rows_and_the_commit_loses_both(
