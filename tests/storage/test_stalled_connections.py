@@ -26,9 +26,9 @@ from romancy import (
 from romancy import lifecycle as lifecycle_module
 from romancy.engine import activities as activities_module
 from romancy.engine import worker as worker_module
+from romancy.storage import database as database_module
 from romancy.storage import mysql as mysql_module
 from romancy.storage import server as server_module
-from romancy.storage import store as store_module
 from romancy.storage import stores
 from tests.databases import Database, clean, kind_of, rows, server_database
 from tests.ledger import INSERT, create_ledger
@@ -56,7 +56,7 @@ def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activities_module, "LONGEST_ENDING_S", 0.3)
     monkeypatch.setattr(worker_module, "LONGEST_FAREWELL_S", 0.5)
     monkeypatch.setattr(lifecycle_module, "LONGEST_FAREWELL_S", 0.5)
-    monkeypatch.setattr(store_module, "LONGEST_CLOSE_S", 1.0)
+    monkeypatch.setattr(database_module, "LONGEST_CLOSE_S", 1.0)
     monkeypatch.setattr(server_module, "LONGEST_READ_S", 1.0)
     monkeypatch.setattr(mysql_module, "LONGEST_PAUSE_S", 5.0)
     monkeypatch.setattr(mysql_module, "MOST_IDLE_S", 2.0)

@@ -21,7 +21,7 @@ CLAIMS = "tests/storage/test_claims.py"
 MUTANTS = (
     Mutant(
         "no fence in the writer",
-        "storage/store.py",
+        "storage/group_commit.py",
         """        if worker_id is not None:
             self._check_fence(link, worker_id, self._statements.fence)
         for""",
@@ -40,9 +40,9 @@ MUTANTS = (
     ),
     Mutant(
         "conflicts in history are ignored",
-        "storage/store.py",
-        """        self._history = ManyRows(insert_into(history, HistoryRow._fields),""",
-        """        self._history = ManyRows(insert_into(history, HistoryRow._fields).replace("INSERT", "INSERT OR IGNORE"),""",
+        "storage/group_commit.py",
+        """ManyRows(insert_into(history, HistoryRow._fields),""",
+        """ManyRows(insert_into(history, HistoryRow._fields).replace("INSERT", "INSERT OR IGNORE"),""",
         (f"{CLAIMS}::test_event_that_is_there_already_is_refused_and_the_first_one_stays[sqlite]",),
     ),
     Mutant(
@@ -262,7 +262,7 @@ MUTANTS = (
     ),
     Mutant(
         "a batch whose answer was lost is just sent again",
-        "storage/store.py",
+        "storage/group_commit.py",
         "batch.is_unsure = batch.is_unsure or is_lost(error)",
         "batch.is_unsure = False",
         (f"{LOST}::test_connection_that_breaks_at_any_request",),
@@ -276,14 +276,14 @@ MUTANTS = (
     ),
     Mutant(
         "a patch that is met last is refused with the end of its run",
-        "storage/store.py",
+        "storage/group_commit.py",
         """owner = worker_id if party.state is None else party.state.owner""",
         """owner = worker_id""",
         (f"{CHILDREN}::test_patch_that_is_met_last_goes_with_the_end_of_the_run[sqlite]",),
     ),
     Mutant(
         "the state of a run is written before the run begins",
-        "storage/store.py",
+        "storage/group_commit.py",
         """        if party.state is not None and party.state.instance_id in begun:""",
         """        if False:""",
         (f"{CHILDREN}::test_run_that_follows_another_at_once_shows_what_it_waits_for[sqlite]",),

@@ -4,41 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from romancy.failures import decode_info
 from romancy.model import HistoryEvent, HistoryKind, Instance, PendingActivity, Status, from_micros
 from romancy.serde import load_json
 from romancy.storage.mail import NEVER_US
 from romancy.storage.mail_desk import Execute
-from romancy.storage.rows import HistoryRow, StateRow
+from romancy.storage.rows import HistoryRow, InstanceRow, StateRow
 from romancy.storage.schema import history, instances
 
 IDS_A_STATEMENT = 500
 
 _TOLD = (HistoryKind.ACTIVITY_RETRY_SCHEDULED.value, HistoryKind.ACTIVITY_HEARTBEAT.value)
 """What history has of an activity before its outcome."""
-
-
-class InstanceRow(NamedTuple):
-    """What callers see of an instance."""
-
-    instance_id: str
-    run: int
-    workflow_name: str
-    status: str
-    owner: str | None
-    ready_at: int | None
-    claims: int
-    created_at: int
-    started_at: int | None
-    updated_at: int
-    completed_at: int | None
-    source_hash: str
-    input: str
-    result: str | None
-    error: str | None
-
 
 _EVENTS = f"SELECT {', '.join(HistoryRow._fields)} FROM {history.name} WHERE instance_id = ? AND run = ?"
 

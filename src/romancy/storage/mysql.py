@@ -17,13 +17,13 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, SchemaError
 from romancy.storage.address import ServerAddress
+from romancy.storage.database import check_packet
 from romancy.storage.failures import NotOwnedError
 from romancy.storage.listener import HINT, LONGEST_WAIT_S, Listener
 from romancy.storage.rows import StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_IDLE_S, MOST_LOCK_WAIT_S, ServerLink, ServerStore
 from romancy.storage.statements import ManyRows, fitting, insert_into
-from romancy.storage.store import check_packet
 from romancy.storage.threads import Check, Link, no_check
 from romancy.storage.tls import refuses_tls, tls_context, without_tls
 from romancy.storage.watchdog import Line, answered_within
@@ -93,17 +93,14 @@ class MysqlLink(ServerLink):
         return self._run([*self.forget_queue(), (self._as_text(sql, parameters), no_check)])
 
     def _as_text(self, sql: str, parameters: Sequence[Any]) -> str:
-        # What the driver does for any type of value, at a third of the time for those that rows are made of.
+        # What the driver does, too, at a third of its time for the types that rows are made of.
         driver: Any = self.connection
-        has_backslashes = not driver.server_status & SERVER_STATUS.SERVER_STATUS_NO_BACKSLASH_ESCAPES
+        if driver.server_status & SERVER_STATUS.SERVER_STATUS_NO_BACKSLASH_ESCAPES:
+            return sql % tuple(map(driver.escape, parameters))
         values = [
-            value
-            if value.__class__ is int
-            else "NULL"
-            if value is None
-            else f"'{escape_string(value)}'"
-            if value.__class__ is str and has_backslashes
-            else self.connection.escape(value)
+            f"'{escape_string(value)}'"
+            if value.__class__ is str
+            else ("NULL" if value is None else value if value.__class__ is int else driver.escape(value))
             for value in parameters
         ]
         return sql % tuple(values)

@@ -18,8 +18,9 @@ from romancy.errors import InvalidFilterError, InvalidPageTokenError
 from romancy.model import HistoryEvent, Instance, InstancePage, Status, to_micros
 from romancy.storage.failures import database_error
 from romancy.storage.filters import JsonScalar, contains, input_matches
-from romancy.storage.lookups import InstanceRow, get_history, get_instance, instance_of
+from romancy.storage.lookups import get_history, get_instance, instance_of
 from romancy.storage.mail_desk import Execute, on_connection
+from romancy.storage.rows import InstanceRow
 from romancy.storage.schema import instances
 
 T = TypeVar("T")

@@ -54,6 +54,26 @@ class StateRow(NamedTuple):
     error: str | None
 
 
+class InstanceRow(NamedTuple):
+    """What callers see of an instance."""
+
+    instance_id: str
+    run: int
+    workflow_name: str
+    status: str
+    owner: str | None
+    ready_at: int | None
+    claims: int
+    created_at: int
+    started_at: int | None
+    updated_at: int
+    completed_at: int | None
+    source_hash: str
+    input: str
+    result: str | None
+    error: str | None
+
+
 class ClaimedRow(NamedTuple):
     """An instance that this worker has just taken."""
 

@@ -19,13 +19,14 @@ from sqlalchemy.dialects import sqlite as sqlite_dialect
 from romancy.clock import SystemClock
 from romancy.errors import DatabaseError, DatabaseUnsafeError, SchemaError
 from romancy.storage.address import SqliteAddress
+from romancy.storage.database import fenced
 from romancy.storage.failures import NotOwnedError
 from romancy.storage.lock import WriteLock
 from romancy.storage.migrate import ensure_schema
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.schema import history, instances, workers
 from romancy.storage.statements import ManyRows, insert_into
-from romancy.storage.store import Store, fenced
+from romancy.storage.store import Store
 from romancy.storage.threads import Link
 
 MINIMUM_SQLITE = (3, 35, 0)
