@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any
 
 import psycopg
 import pytest
 
+from romancy import App, WorkflowContext, activity, workflow
 from romancy.storage import postgresql as postgresql_module
 from romancy.storage.address import parse_address
-from romancy.storage.postgresql import PostgresqlStore
+from romancy.storage.postgresql import PLANNING, PostgresqlLink, PostgresqlStore
 from romancy.storage.stores import make_store
-from tests.databases import clean, execute
+from tests.databases import clean, execute, server_database
+from tests.support import RESULT_TIMEOUT_S
 
 NO_ROWS = "'[]'"
 STATES = """'[{"instance_id": "none"}]'"""
@@ -21,6 +24,8 @@ PARAMETERS = {
     "client": [NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS, "NULL", "0"],
     "worker": ["'me'", NO_ROWS, NO_ROWS, NO_ROWS, STATES, "'me'", "0"],
 }
+GENERIC = PLANNING[:1]
+"""As behind a pooler, where nothing can be set for good, but for any values."""
 
 
 @pytest.fixture
@@ -34,8 +39,10 @@ def store(postgresql_url: str) -> Iterator[PostgresqlStore]:
 
 
 @pytest.mark.parametrize("by", PARAMETERS)
-@pytest.mark.parametrize("rows", [200, 5_000])
-def test_flush_walks_through_no_instances(store: PostgresqlStore, postgresql_url: str, by: str, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "settings"), [(200, PLANNING), (5_000, PLANNING), (5_000, GENERIC)])
+def test_flush_walks_through_no_instances(
+    store: PostgresqlStore, postgresql_url: str, by: str, rows: int, settings: tuple[str, ...]
+) -> None:
     """For some thousand of them, that took 3 ms each time: longer than all the rest."""
     execute(
         postgresql_url,
@@ -47,12 +54,89 @@ def test_flush_walks_through_no_instances(store: PostgresqlStore, postgresql_url
     parts = statements[by][0].split("%s")
     statement = "".join(f"{part}${next(number)}" for part in parts[:-1]) + parts[-1]
     with psycopg.connect(postgresql_url, autocommit=True) as connection:
-        connection.execute("SET plan_cache_mode = force_generic_plan")
+        for setting in settings:
+            connection.execute(setting.encode())
         connection.execute(f"PREPARE flush AS {statement}".encode())
         explained = connection.execute(f"EXPLAIN EXECUTE flush ({', '.join(PARAMETERS[by])})".encode()).fetchall()
     plan = "\n".join(line for (line,) in explained)
     assert "Index Scan using romancy_instances_pkey on romancy_instances i" in plan, plan
     assert "Seq Scan on romancy_instances" not in plan
+
+
+async def test_statements_planned_while_tables_are_empty_serve_when_they_are_large(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that walks through a table would be kept until the server has new statistics, for a minute."""
+    seen: dict[str, Sequence[Any]] = {}
+    real = PostgresqlLink._execute
+
+    def execute_and_note(link: PostgresqlLink, sql: str, parameters: Sequence[Any]) -> Any:
+        seen.setdefault(sql, parameters)
+        return real(link, sql, parameters)
+
+    @activity
+    async def work() -> None:
+        return
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await work()
+        await ctx.wait_event("paid", key=ctx.instance_id)
+        await ctx.subscribe("jobs", mode="competing")
+        await ctx.receive("jobs")
+        await ctx.sleep(0.01)
+
+    monkeypatch.setattr(PostgresqlLink, "_execute", execute_and_note)
+    async with App(postgresql_url) as app:
+        handle = await app.start_workflow(flow)
+        await app.send_event("paid", key=handle.instance_id)
+        await app.publish("jobs", 1)
+        await handle.result(RESULT_TIMEOUT_S)
+        await app.send_event("paid", key="nobody")
+    clean(postgresql_url)
+    for table in ("instances", "history", "mail", "deliveries", "waits", "subscriptions", "seen"):
+        execute(postgresql_url, f"VACUUM ANALYZE romancy_{table}")
+    walks = set()
+    with contextlib.closing(make_store(parse_address(postgresql_url), []).connect()) as link:
+        assert isinstance(link, PostgresqlLink)
+        explainable = [sql for sql in seen if sql.split()[0] in ("WITH", "SELECT", "INSERT", "UPDATE", "DELETE")]
+        for sql in explainable:
+            plan = link.connection.execute(f"EXPLAIN {sql}".encode(), seen[sql], prepare=False).fetchall()
+            walks |= {
+                (line.strip(), sql) for (line,) in plan if "Seq Scan on romancy_" in line and "worker" not in line
+            }
+    assert len(explainable) > 15
+    assert not walks
+
+
+async def test_mail_is_found_by_its_subject_before_there_are_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an index that leads through all events of a name, each wait took 20 ms after 100,000 of them."""
+    asked: dict[str, Sequence[Any]] = {}
+    real = PostgresqlLink._execute
+
+    def execute_and_note(link: PostgresqlLink, sql: str, parameters: Sequence[Any]) -> Any:
+        if "AND m.subject = s.subject" in sql:
+            asked.setdefault(sql, parameters)
+        return real(link, sql, parameters)
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await ctx.wait_event("paid", key=ctx.instance_id)
+
+    monkeypatch.setattr(PostgresqlLink, "_execute", execute_and_note)
+    with server_database("postgresql") as url:
+        async with App(url) as app:
+            handle = await app.start_workflow(flow)
+            await app.send_event("paid", key=handle.instance_id)
+            await handle.result(RESULT_TIMEOUT_S)
+        ((sql, parameters),) = asked.items()
+        new = "SELECT '', 'm' || n, 'event', 'paid', 's' || n, '{}', 9 FROM generate_series(1, %d) n"
+        with contextlib.closing(make_store(parse_address(url), []).connect()) as link:
+            assert isinstance(link, PostgresqlLink)
+            for rows in (0, 5_000):
+                link.execute(f"INSERT INTO romancy_mail {new}" % rows)
+                plan = link.connection.execute(f"EXPLAIN {sql}".encode(), parameters, prepare=False).fetchall()
+                assert "romancy_mail_subject" in "\n".join(line for (line,) in plan)
 
 
 def test_plans_are_made_anew_the_seldomer_the_older_they_are(
@@ -72,6 +156,8 @@ def test_plans_are_made_anew_the_seldomer_the_older_they_are(
         monkeypatch.setattr(psycopg.Connection, "execute", execute)
         for _ in range(130):
             link.execute("SELECT 1")
+        link.execute("SELECT generate_series(1, 40)")
+        link.execute("SELECT 1")
     gaps = [len(part.split()) for part in " ".join(".." if "DISCARD" in sql else "1" for sql in executed).split("..")]
-    # The connection's first look is one of the first ten.
-    assert gaps == [8, 20, 40, 40, 22]
+    # The connection's first look counts for the first ten; in the end 40 rows at once do what 40 statements do.
+    assert gaps == [9, 20, 40, 40, 22, 1]

@@ -182,9 +182,11 @@ def _server_version(connection: Connection) -> str | None:
 
 
 def _create_all_on_server(connection: Connection) -> None:
-    metadata.create_all(connection)
     for table in metadata.sorted_tables:
-        for index in table.indexes:
+        connection.execute(CreateTable(table, if_not_exists=True))
+        # In this order: of two that seem to cost the same, PostgreSQL takes the one that was made last, and before it
+        # has statistics, all mail of one name seems to cost no more than that of one name and subject.
+        for index in sorted(table.indexes, key=lambda index: str(index.name)):
             index.create(connection, checkfirst=True)
     filled = set(connection.execute(select(slots.c.slot)).scalars())
     if missing := [{"slot": slot} for slot in range(SLOTS) if slot not in filled]:

@@ -17,13 +17,14 @@ from sqlalchemy.util import await_only
 from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError, PacketTooLargeError
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
+from romancy.storage.database import fenced
 from romancy.storage.listener import HINT, Listener, SelfTest
 from romancy.storage.mail import Closing, Mail, Operation, Post, Receipt
 from romancy.storage.mail_desk import locking
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.schema import deliveries, history, instances, mail, subscriptions, workers
 from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, NEW_S, ServerLink, ServerStore
-from romancy.storage.store import fenced, taken
+from romancy.storage.store import taken
 from romancy.storage.threads import Link
 from romancy.storage.watchdog import Line, answered_within
 
@@ -46,10 +47,13 @@ DEAF_WARNING = (
 PREPARE_AFTER = 5
 """Executions after which the driver lets the server keep a statement's plan."""
 
-PLANS_SERVE = 32
-"""Executions after which the server has to plan prepared statements anew; from then on twice as many each time …"""
+PLANNING = ("SET plan_cache_mode = force_generic_plan", "SET enable_seqscan = off", "SET jit = off")
+"""Statements are planned for any values, and by indexes: tables may be all but empty when it's done."""
 
-PLANS_SERVE_AT_MOST = 4_096
+PLANS_SERVE = 32
+"""Rows written and statements executed after which plans are made anew; from then on twice as many each time …"""
+
+PLANS_SERVE_AT_MOST = 1_024
 """… up to so many …"""
 
 PLANS_SERVE_S = 0.5
@@ -77,26 +81,32 @@ _TYPES = {"run": "int", "claims": "int", "seq": "int", "position": "int", "attem
 class PostgresqlLink(ServerLink):
     """A psycopg connection, or one of a pooler's that leads to another server connection in each transaction.
 
-    Nothing is ever set for a session, for a pooler would hand it to somebody else: what a transaction needs it sets
-    for itself. And behind a pooler nothing is prepared: names of prepared statements belong to a session, too, and
-    the same name may stand for another client's statement.
+    Behind a pooler nothing is set for a session, for it would be handed to somebody else: what a transaction needs it
+    sets for itself. And nothing is prepared: names of prepared statements belong to a session, too, and the same name
+    may stand for another client's statement.
     """
 
     def __init__(self, connection: psycopg.Connection[Any], line: Line, patience_s: float) -> None:
         super().__init__(line, patience_s)
         self.connection = connection
-        self._executed = 0
+        self._grown_by = 0
         self._plans_serve = PLANS_SERVE
         self._planned_at = time.monotonic()
 
     def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
-        self._executed += 1
-        if self._executed >= self._plans_serve and self.connection.prepare_threshold is not None:
+        if self._grown_by >= self._plans_serve and self.connection.prepare_threshold is not None:
             self._plan_anew()
-        return self.connection.execute(sql.encode(), parameters)
+        cursor = self.connection.execute(sql.encode(), parameters)
+        self.note_rows(max(1, cursor.rowcount))
+        return cursor
+
+    def note_rows(self, count: int) -> None:
+        """So many rows more have been written: plans may have to be made anew."""
+        self._grown_by += count
 
     def _plan_anew(self) -> None:
-        """A plan made when a table was all but empty walks through all of it, and would be kept for a minute.
+        """For a table that was all but empty any index will do, also one that leads through all of a large one; and
+        that plan would be kept until the server has new statistics, for a minute.
 
         To plan takes longer than to execute: so the older the plans, the longer they serve.
         """
@@ -104,7 +114,7 @@ class PostgresqlLink(ServerLink):
         # In a failed transaction nothing but its end would be carried out.
         has_failed = self.connection.info.transaction_status == TransactionStatus.INERROR
         if now - self._planned_at >= PLANS_SERVE_S and not has_failed:
-            self._executed, self._planned_at = 0, now
+            self._grown_by, self._planned_at = 0, now
             self._plans_serve = min(2 * self._plans_serve, PLANS_SERVE_AT_MOST)
             self.connection.execute("DISCARD PLANS", (), prepare=False)
 
@@ -202,10 +212,12 @@ class PostgresqlStore(ServerStore):
         link = PostgresqlLink(connection, self._dog.hold(self._descriptor(connection)), self.patience_s)
         try:
             (pid,) = link.execute(WHO_SERVES).fetchone()
+            connection.prepare_threshold = self._prepare_threshold(connection, pid)
+            if _is_direct(connection, pid):
+                link.execute_together(*PLANNING)
         except BaseException:
             link.close()
             raise
-        connection.prepare_threshold = self._prepare_threshold(connection, pid)
         return link
 
     def _descriptor(self, connection: Any) -> int:
@@ -215,12 +227,11 @@ class PostgresqlStore(ServerStore):
     def _prepare_threshold(self, connection: psycopg.BaseConnection[Any], pid: int) -> int | None:
         """After how many executions the driver may prepare a statement; ``None`` behind a pooler.
 
-        A server says at the beginning which process of its serves the connection; a pooler says something else.
         Preparing saves half of a short flush's time, so it is not simply left off.
         """
         if self._is_preparing_given:
             return self._prepare_after
-        return PREPARE_AFTER if pid == connection.info.backend_pid else None
+        return PREPARE_AFTER if _is_direct(connection, pid) else None
 
     def url(self, *, is_async: bool) -> URL:
         del is_async  # one driver does both
@@ -297,6 +308,8 @@ class PostgresqlStore(ServerStore):
         if not is_alive:
             assert worker_id is not None
             raise fenced(worker_id)
+        assert isinstance(link, PostgresqlLink)
+        link.note_rows(sum(len(party.history) + len(party.starts) + len(party.keyed_starts) for party in parties))
         return set(inserted or ())
 
     # -- hints -------------------------------------------------------------------------------------
@@ -378,6 +391,14 @@ class PostgresqlStore(ServerStore):
         raise NotImplementedError  # part of the one statement
 
 
+def _is_direct(connection: psycopg.BaseConnection[Any], pid: int) -> bool:
+    """Whether the server process that answers, of this id, is the connection's own.
+
+    A server says at the beginning which process of its serves the connection; a pooler says something else.
+    """
+    return pid == connection.info.backend_pid
+
+
 def _abort(link: Link) -> None:
     assert isinstance(link, PostgresqlLink)
     link.line.cut()
@@ -441,6 +462,9 @@ _FEW = "v.instance_id = v.instance_id || ''"
 """Always so. But the planner, which takes any JSON for 100 rows, takes those that fulfil this for one, and looks them
 up in the index; for 100 it would rather walk through a table of some thousand instances, at each flush."""
 
+_OWNER = "COALESCE(i.owner, '')"
+"""Looked at, but not looked for: an index of owners leads through all that a worker has."""
+
 _ALL_BUT_RUN = ("instance_id", *HistoryRow._fields[2:])
 _ALIVE = "EXISTS (SELECT FROM fence)"
 _OF_THESE = f"= ANY (CAST(%s AS text[])) AND {_ALIVE}"
@@ -474,7 +498,7 @@ def _flush_statement(fence: str, end: str) -> str:
         f"FROM {_recordset(HistoryRow._fields)} WHERE {alive}), "
         f"states AS (UPDATE {instances.name} AS i SET {sets}, claims = 0 "
         f"FROM {_recordset(StateRow._fields)} WHERE {alive} AND i.instance_id = v.instance_id AND {_FEW} "
-        f"AND i.owner = %s "
+        f"AND {_OWNER} = %s "
         f"RETURNING 1) {end}"
         f"SELECT {alive}, (SELECT array_agg(instance_id) FROM keyed), "
         f"1 / (CASE WHEN NOT {alive} OR (SELECT count(*) FROM states) = %s THEN 1 ELSE 0 END)"
