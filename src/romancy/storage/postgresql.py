@@ -51,7 +51,7 @@ PLANNING = ("SET plan_cache_mode = force_generic_plan", "SET enable_seqscan = of
 """Statements are planned for any values, and by indexes: tables may be all but empty when it's done."""
 
 PLANS_SERVE = 32
-"""Rows written and statements executed after which plans are made anew; from then on twice as many each time …"""
+"""New rows after which plans are made anew; from then on twice as many each time …"""
 
 PLANS_SERVE_AT_MOST = 1_024
 """… up to so many …"""
@@ -97,7 +97,8 @@ class PostgresqlLink(ServerLink):
         if self._grown_by >= self._plans_serve and self.connection.prepare_threshold is not None:
             self._plan_anew()
         cursor = self.connection.execute(sql.encode(), parameters)
-        self.note_rows(max(1, cursor.rowcount))
+        if (cursor.statusmessage or "").startswith("INSERT"):
+            self.note_rows(cursor.rowcount)
         return cursor
 
     def note_rows(self, count: int) -> None:
