@@ -15,7 +15,8 @@ to be much faster.
   with one call into the event loop.
 * Throughput: a workflow of three activities is five strict durable waits, one after the other: its instance
   row, three rows of history, the update of the instance row.
-* Latency: n activities are n + 1 commits, for the last outcome and the end share one.
+* Latency: n activities are n + 1 commits, for the last outcome and the end share one. With `--idle-seconds 20
+  --count 1` it's one workflow after so long a pause; an event that ends a workflow is two commits, too.
 * Sessions: a workflow of one activity with a transaction of its own is three durable waits: the instance row, then the
   user's row and the row of history in a transaction on one of 16 further connections, each on a thread, then the
   update of the instance row. The first and the last are group-committed, as above.
@@ -163,6 +164,7 @@ async def latency(args: argparse.Namespace, group: Group) -> Result:
 
     await timed_bounded(run_one, WAL_WARM_UP, 512)
     await timed_each(run_one, WARM_UP)
+    await asyncio.sleep(args.idle_seconds)
     return await timed_each(run_one, args.count) | writer.durability()
 
 
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--count", type=int, default=1_000)
     parser.add_argument("--activities", type=int, default=1)
+    parser.add_argument("--idle-seconds", type=float, default=0.0, help="latency: how long nothing happens before")
     parser.add_argument("--inserts", choices=["values", "executemany"], default="values", help="on SQLite")
     parser.add_argument("--dir", type=Path, help="where to put a SQLite database (default: the system's temp)")
     parser.add_argument("--database", help="instead: an empty database on a server, as postgresql://… or mysql://…")

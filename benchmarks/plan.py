@@ -214,8 +214,10 @@ def messages(size: Size, on: Kind) -> list[Case]:
         stagger_s = 2 * KINDS.index(on) + (sender == "other")
         once = command(MESSAGES, "events", on, sender=sender, count=1, idle_seconds=idle_s + stagger_s)
         line = Line(f"{title}, after {idle_s} s of idleness", "p50_ms", "ms", goals)
-        is_idle = Case("messages", on, f"event-{sender}-idle", {"romancy": once}, (line,), most_runs=3, is_quiet=True)
-        found.append(is_idle)
+        commands: dict[System, list[str]] = {"romancy": once}
+        if sender == "own":
+            commands["floor"] = command(FLOOR, "latency", on, count=1, idle_seconds=idle_s + stagger_s)
+        found.append(Case("messages", on, f"event-{sender}-idle", commands, (line,), most_runs=3, is_quiet=True))
     many = size(100_000, 2_000)
     lines = (
         Line(
