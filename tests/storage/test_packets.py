@@ -22,7 +22,7 @@ from romancy import (
     current_activity,
     workflow,
 )
-from romancy.storage import postgresql
+from romancy.storage import postgresql_flush
 from romancy.storage.statements import bytes_of, fitting
 from tests.databases import clean, rows, server_with
 from tests.ledger import INSERT, create_ledger
@@ -158,8 +158,8 @@ async def test_users_own_statement_that_no_packet_holds_fails_its_activity(small
 
 
 async def test_postgresql_takes_large_batches_in_pieces(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgresql, "MOST_TOGETHER", 100_000)
-    monkeypatch.setattr(postgresql, "MOST_ALONE", 500_000)
+    monkeypatch.setattr(postgresql_flush, "MOST_TOGETHER", 100_000)
+    monkeypatch.setattr(postgresql_flush, "MOST_ALONE", 500_000)
 
     @workflow
     async def flow(ctx: WorkflowContext, value: str) -> int:

@@ -14,16 +14,13 @@ from romancy import App, WorkflowContext, activity, workflow
 from romancy.storage import postgresql as postgresql_module
 from romancy.storage.address import parse_address
 from romancy.storage.postgresql import PLANNING, PostgresqlLink, PostgresqlStore
+from romancy.storage.postgresql_flush import Fence, Rows, flush_statement
+from romancy.storage.rows import StateRow
 from romancy.storage.stores import make_store
 from tests.databases import clean, execute, server_database
 from tests.support import RESULT_TIMEOUT_S
 
-NO_ROWS = "'[]'"
-STATES = """'[{"instance_id": "none"}]'"""
-PARAMETERS = {
-    "client": [NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS, "NULL", "0"],
-    "worker": ["'me'", NO_ROWS, NO_ROWS, NO_ROWS, STATES, "'me'", "0"],
-}
+STATE = StateRow("none", "running", None, None, 0, None, None, None)
 GENERIC = PLANNING[:1]
 """As behind a pooler, where nothing can be set for good, but for any values."""
 
@@ -38,10 +35,10 @@ def store(postgresql_url: str) -> Iterator[PostgresqlStore]:
     clean(postgresql_url)
 
 
-@pytest.mark.parametrize("by", PARAMETERS)
+@pytest.mark.parametrize("states", [1, 3, 4])
 @pytest.mark.parametrize(("rows", "settings"), [(200, PLANNING), (5_000, PLANNING), (5_000, GENERIC)])
 def test_flush_walks_through_no_instances(
-    store: PostgresqlStore, postgresql_url: str, by: str, rows: int, settings: tuple[str, ...]
+    store: PostgresqlStore, postgresql_url: str, states: int, rows: int, settings: tuple[str, ...]
 ) -> None:
     """For some thousand of them, that took 3 ms each time: longer than all the rest."""
     execute(
@@ -49,15 +46,17 @@ def test_flush_walks_through_no_instances(
         "INSERT INTO romancy_instances (instance_id, run, workflow_name, status, claims, created_at, updated_at, input)"
         f" SELECT 'i' || n, 1, 'flow', 'running', 0, 0, 0, repeat('x', 200) FROM generate_series(1, {rows}) n",
     )
-    statements = {"client": store._flush_as_client, "worker": store._flush_as_worker}
+    few_or_many = Rows([], [], [], [STATE] * states, [], [])
+    sql, values = flush_statement(Fence(store._worker_fence, "me"), few_or_many, states)
     number = count(1)
-    parts = statements[by][0].split("%s")
+    parts = sql.split("%s")
     statement = "".join(f"{part}${next(number)}" for part in parts[:-1]) + parts[-1]
+    given = ", ".join("NULL" if value is None else f"'{value}'" for value in values)
     with psycopg.connect(postgresql_url, autocommit=True) as connection:
         for setting in settings:
             connection.execute(setting.encode())
         connection.execute(f"PREPARE flush AS {statement}".encode())
-        explained = connection.execute(f"EXPLAIN EXECUTE flush ({', '.join(PARAMETERS[by])})".encode()).fetchall()
+        explained = connection.execute(f"EXPLAIN EXECUTE flush ({given})".encode()).fetchall()
     plan = "\n".join(line for (line,) in explained)
     assert "Index Scan using romancy_instances_pkey on romancy_instances i" in plan, plan
     assert "Seq Scan on romancy_instances" not in plan

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, Engine, cast, event, func, text
@@ -14,15 +13,16 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.util import await_only
 
-from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError, PacketTooLargeError
+from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.database import fenced
 from romancy.storage.listener import HINT, Listener, SelfTest
 from romancy.storage.mail import Closing, Mail, Operation, Post, Receipt
 from romancy.storage.mail_desk import locking
+from romancy.storage.postgresql_flush import Fence, Rows, flush_statement, rows_of, typed_mark
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
-from romancy.storage.schema import deliveries, history, instances, mail, subscriptions, workers
+from romancy.storage.schema import history, workers
 from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, NEW_S, ServerLink, ServerStore
 from romancy.storage.store import taken
 from romancy.storage.threads import Link
@@ -59,12 +59,6 @@ PLANS_SERVE_AT_MOST = 1_024
 PLANS_SERVE_S = 0.5
 """… and not oftener than after so many seconds."""
 
-MOST_TOGETHER = 64 * 1024 * 1024
-"""Characters of a group commit in one statement; more are written in several."""
-
-MOST_ALONE = 200 * 1024 * 1024
-"""Characters of one instance's rows; they may take four bytes each, and the server has no values of more than 1 GB."""
-
 PREPARING = "prepare_threshold"
 ANYTHING = "SELECT 1"
 WHO_SERVES = "SELECT pg_backend_pid()"
@@ -73,9 +67,6 @@ MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
 _make_dialect: Any = PGDialect
 _DIALECT = _make_dialect(paramstyle="format")
 _NOW = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
-_TYPES = {"run": "int", "claims": "int", "seq": "int", "position": "int", "attempt": "int"} | dict.fromkeys(
-    ("ready_at", "created_at", "started_at", "updated_at", "completed_at", "at", "due_at"), "bigint"
-)
 
 
 class PostgresqlLink(ServerLink):
@@ -96,7 +87,7 @@ class PostgresqlLink(ServerLink):
     def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
         if self._grown_by >= self._plans_serve and self.connection.prepare_threshold is not None:
             self._plan_anew()
-        cursor = self.connection.execute(sql.encode(), parameters)
+        cursor = self.connection.execute(_encoded(sql), parameters)
         if (cursor.statusmessage or "").startswith("INSERT"):
             self.note_rows(cursor.rowcount)
         return cursor
@@ -162,8 +153,8 @@ class PostgresqlStore(ServerStore):
             f"SET LOCAL idle_in_transaction_session_timeout = '{self.idle_transaction_s}s'",
         )
         bounded = f"set_config('lock_timeout', '{lock_wait}', true)"
-        self._flush_as_client = _flush_statements(f"SELECT {bounded}")
-        self._flush_as_worker = _flush_statements(
+        self._client_fence = Fence(f"SELECT {bounded}")
+        self._worker_fence = (
             f"SELECT 1 FROM {workers.name} WHERE worker_id = %s AND state = 'alive' AND {bounded} <> '' FOR SHARE"
         )
 
@@ -291,26 +282,20 @@ class PostgresqlStore(ServerStore):
         self, link: Link, parties: list[Party], worker_id: str | None, ends: Sequence[Operation]
     ) -> set[str]:
         """Write all rows in one statement, the ends of deliveries and mailboxes included; see :meth:`_write_rows`."""
-        states = [p.state for p in parties if p.state is not None]
-        rows = (
-            _as_json(StartRow._fields, [row for p in parties for row in p.starts]),
-            _as_json(StartRow._fields, [row for p in parties for row in p.keyed_starts]),
-            _as_json(HistoryRow._fields, [row for p in parties for row in p.history]),
-            _as_json(StateRow._fields, states),
+        rows = Rows(
+            [row for p in parties for row in p.starts],
+            [row for p in parties for row in p.keyed_starts],
+            [row for p in parties for row in p.history],
+            [p.state for p in parties if p.state is not None],
+            *rows_of(ends),
         )
-        _check_size(rows, len(parties))
-        if worker_id is None:
-            statements, fence = self._flush_as_client, list[Any]()
-        else:
-            statements, fence = self._flush_as_worker, [worker_id]
-        parameters = [*fence, *rows, worker_id, *(_of_ends(ends) if ends else ()), len(states)]
-        # An instance that is not this worker's makes the division fail, and with it the whole statement.
-        is_alive, inserted, _ = link.execute(statements[bool(ends)], parameters).fetchone()
+        fence = self._client_fence if worker_id is None else Fence(self._worker_fence, worker_id)
+        is_alive, inserted, _ = link.execute(*flush_statement(fence, rows, len(parties))).fetchone()
         if not is_alive:
             assert worker_id is not None
             raise fenced(worker_id)
         assert isinstance(link, PostgresqlLink)
-        link.note_rows(sum(len(party.history) + len(party.starts) + len(party.keyed_starts) for party in parties))
+        link.note_rows(len(rows.starts) + len(rows.keyed_starts) + len(rows.events))
         return set(inserted or ())
 
     # -- hints -------------------------------------------------------------------------------------
@@ -378,8 +363,8 @@ class PostgresqlStore(ServerStore):
         del renew_until
         parameters = {
             "me": worker_id,
-            "event": _as_json(HistoryRow._fields, [event]),
             "idle": f"{self.idle_transaction_s}s",
+            **event._asdict(),
         }
         found = connection.execute(_RECORD, parameters).first()
         if found is None:
@@ -398,6 +383,12 @@ def _is_direct(connection: psycopg.BaseConnection[Any], pid: int) -> bool:
     A server says at the beginning which process of its serves the connection; a pooler says something else.
     """
     return pid == connection.info.backend_pid
+
+
+@lru_cache(1_024)
+def _encoded(sql: str) -> bytes:
+    """The same object each time, for its hash is kept: the driver looks statements up by it."""
+    return sql.encode()
 
 
 def _abort(link: Link) -> None:
@@ -430,82 +421,7 @@ def _preparing(url: URL) -> tuple[bool, int | None]:
     raise DatabaseURLError(f"{PREPARING}={given!r}: give a number of executions, or 'none' to prepare nothing")
 
 
-def _check_size(texts: Sequence[str], parties: int) -> None:
-    """Refuse what the server can't take in one piece; some parties that are too much together are tried in halves."""
-    size = sum(map(len, texts))
-    if size > MOST_TOGETHER and (parties > 1 or size > MOST_ALONE):
-        raise PacketTooLargeError(
-            f"rows take {size:,} characters, more than the {MOST_ALONE:,} that PostgreSQL is given in one piece (it "
-            f"has no values of more than 1 GB): store large data elsewhere and pass a reference"
-        )
-
-
-def _as_json(fields: tuple[str, ...], rows: list[Any]) -> str:
-    """Rows as one parameter: far cheaper for the driver than a parameter for each value."""
-    if not rows:
-        return "[]"
-    return json.dumps([dict(zip(fields, row, strict=True)) for row in rows], ensure_ascii=False)
-
-
-def _recordset(fields: tuple[str, ...], parameter: str = "%s") -> str:
-    columns = ", ".join(f"{field} {_TYPES.get(field, 'text')}" for field in fields)
-    return f"json_to_recordset(CAST({parameter} AS json)) AS v({columns})"
-
-
-def _of_ends(ends: Sequence[Operation]) -> list[Any]:
-    """The parameters of :data:`_END`."""
-    receipts = [end for end in ends if isinstance(end, Receipt)]
-    closed = [end.instance_id for end in ends if isinstance(end, Closing)]
-    return [[receipt.instance_id for receipt in receipts], _as_json(Receipt._fields, receipts), *[closed] * 3]
-
-
-_FEW = "v.instance_id = v.instance_id || ''"
-"""Always so. But the planner, which takes any JSON for 100 rows, takes those that fulfil this for one, and looks them
-up in the index; for 100 it would rather walk through a table of some thousand instances, at each flush."""
-
-_OWNER = "COALESCE(i.owner, '')"
-"""Looked at, but not looked for: an index of owners leads through all that a worker has."""
-
 _ALL_BUT_RUN = ("instance_id", *HistoryRow._fields[2:])
-_ALIVE = "EXISTS (SELECT FROM fence)"
-_OF_THESE = f"= ANY (CAST(%s AS text[])) AND {_ALIVE}"
-_END = (
-    # Its first condition leads through the index, however many rows there seem to be.
-    f"received AS (DELETE FROM {deliveries.name} WHERE instance_id {_OF_THESE} "
-    f"AND ({', '.join(Receipt._fields)}) IN (SELECT {', '.join(Receipt._fields)} FROM {_recordset(Receipt._fields)})), "
-    f"left_channels AS (DELETE FROM {subscriptions.name} WHERE instance_id {_OF_THESE}), "
-    f"left_mail AS (DELETE FROM {mail.name} WHERE to_id {_OF_THESE}), "
-    f"left_deliveries AS (DELETE FROM {deliveries.name} WHERE instance_id {_OF_THESE}) "
-)
-
-
-def _flush_statements(fence: str) -> tuple[str, str]:
-    """The statement of a group commit without and with the ends of deliveries and mailboxes."""
-    return _flush_statement(fence, ""), _flush_statement(fence, f", {_END}")
-
-
-def _flush_statement(fence: str, end: str) -> str:
-    start, event = ", ".join(StartRow._fields), ", ".join(HistoryRow._fields)
-    sets = ", ".join(f"{field} = v.{field}" for field in StateRow._fields if field != "instance_id")
-    alive = _ALIVE
-    return (
-        f"WITH fence AS MATERIALIZED ({fence}), "
-        f"starts AS (INSERT INTO {instances.name} ({start}) SELECT {start} "
-        f"FROM {_recordset(StartRow._fields)} WHERE {alive}), "
-        f"keyed AS (INSERT INTO {instances.name} ({start}) SELECT {start} "
-        f"FROM {_recordset(StartRow._fields)} WHERE {alive} ON CONFLICT (instance_id) DO NOTHING "
-        f"RETURNING instance_id), "
-        f"events AS (INSERT INTO {history.name} ({event}) SELECT {event} "
-        f"FROM {_recordset(HistoryRow._fields)} WHERE {alive}), "
-        f"states AS (UPDATE {instances.name} AS i SET {sets}, claims = 0 "
-        f"FROM {_recordset(StateRow._fields)} WHERE {alive} AND i.instance_id = v.instance_id AND {_FEW} "
-        f"AND {_OWNER} = %s "
-        f"RETURNING 1) {end}"
-        f"SELECT {alive}, (SELECT array_agg(instance_id) FROM keyed), "
-        f"1 / (CASE WHEN NOT {alive} OR (SELECT count(*) FROM states) = %s THEN 1 ELSE 0 END)"
-    )
-
-
 _RUN_OF_THE_LIVING = f"(SELECT %s FROM {workers.name} WHERE worker_id = %s AND state = 'alive' FOR SHARE)"
 """A history row's run, as only a worker has it that is alive; for others it is missing, and the row is refused."""
 
@@ -516,8 +432,8 @@ _RECORD_AND_COMMIT = (
 _RECORD = text(
     f"WITH fence AS MATERIALIZED (SELECT 1 FROM {workers.name} "
     f"WHERE worker_id = :me AND state = 'alive' FOR SHARE) "
-    f"INSERT INTO {history.name} ({', '.join(HistoryRow._fields)}) SELECT {', '.join(HistoryRow._fields)} "
-    f"FROM {_recordset(HistoryRow._fields, ':event')} "
+    f"INSERT INTO {history.name} ({', '.join(HistoryRow._fields)}) "
+    f"SELECT {', '.join(typed_mark(field, f':{field}') for field in HistoryRow._fields)} "
     f"WHERE EXISTS (SELECT FROM fence) "
     "RETURNING set_config('idle_in_transaction_session_timeout', :idle, true)"
 )
