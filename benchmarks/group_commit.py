@@ -3,16 +3,16 @@
 Only what the driver and the server need: no fence, no engine. `MAKERS` says who does it where.
 
 * SQLite: `BEGIN IMMEDIATE`, inserts of several rows a statement, updates through `executemany`, COMMIT.
-* PostgreSQL: all of it as one statement, so one round trip; the rows go as JSON. From 100 rows of history on, these go
-  through COPY in the same transaction, and the rest as before. Several rows a statement, and `executemany`, came out
-  slower than either with psycopg.
+* PostgreSQL: all of it as one statement, so one round trip. Up to three rows are given as values, more as one text for
+  each table, with control characters between rows and values: JSON, arrays and `executemany` came out slower. From 100
+  rows of history on, these go through COPY in the same transaction, and the rest as before.
 * MySQL and MariaDB: inserts of several rows a statement, the updates as one statement with a join. A transaction that
   is a single statement goes without BEGIN and COMMIT.
 """
 
-import json
 import sqlite3
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,13 @@ PLANNER_OFF = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "enable_
 """Or what was prepared while the tables were empty reads all of them later, until the next ANALYZE."""
 
 COPY_FROM = 100
-"""So many rows of history are copied; with fewer, the further round trips cost more than the JSON."""
+"""So many rows of history are copied; with fewer, the further round trips cost more than the text."""
+
+FEW = 3
+"""So many rows go as values: psycopg takes much longer for more than 50 parameters."""
+
+BETWEEN_VALUES, BETWEEN_ROWS, NULL = "\x1f", "\x1e", "\x1d"
+MANY = -1
 
 END_COLUMNS = ("status", "owner", "ready_at", "updated_at", "completed_at", "result", "error", "instance_id")
 NUMBERS = dict.fromkeys(("run", "claims", "seq", "position", "attempt"), "int") | dict.fromkeys(
@@ -87,13 +93,6 @@ class PostgresqlGroup:
         self._connection = connect(url)
         for name in PLANNER_OFF:
             self._connection.execute(f"SET {name} = off")
-        end = ", ".join(f"{name} = v.{name}" for name in END_COLUMNS[:-1])
-        self._statement = (
-            f"WITH starts AS ({_insert_recordset('romancy_instances', StartRow._fields)}), "
-            f"events AS ({_insert_recordset('romancy_history', HistoryRow._fields)}) "
-            f"UPDATE romancy_instances AS i SET {end} FROM {_recordset(END_COLUMNS)} "
-            f"WHERE i.instance_id = v.instance_id"
-        )
 
     def commit(self, starts: list[Row], events: list[Row], ends: list[Row]) -> None:
         if len(events) < COPY_FROM:
@@ -108,12 +107,13 @@ class PostgresqlGroup:
                 self._execute(starts, [], ends)
 
     def _execute(self, starts: list[Row], events: list[Row], ends: list[Row]) -> None:
-        rows = (
-            _as_json(StartRow._fields, starts),
-            _as_json(HistoryRow._fields, events),
-            _as_json(END_COLUMNS, ends),
-        )
-        self._connection.execute(self._statement, rows)
+        tables = (starts, events, ends)
+        if len(starts) + len(events) + len(ends) <= FEW:
+            statement = _together(len(starts), len(events), len(ends))
+            self._connection.execute(statement, [_text(value) for table in tables for row in table for value in row])
+        else:
+            statement = _together(*(MANY if table else 0 for table in tables))
+            self._connection.execute(statement, [_in_one(table) for table in tables if table])
 
     def durability(self) -> Result:
         return server_settings("postgresql", lambda query: fetch(self._connection, query))
@@ -179,17 +179,48 @@ def insert_executemany(connection: sqlite3.Connection, statement: str, rows: lis
         connection.executemany(f"{statement} VALUES ({','.join('?' * len(rows[0]))})", rows)
 
 
-def _as_json(columns: Sequence[str], rows: list[Row]) -> str:
-    return json.dumps([dict(zip(columns, row, strict=True)) for row in rows]) if rows else "[]"
+def _text(value: Any) -> str | None:
+    """The server takes all for texts, so that missing values don't make it another statement to prepare."""
+    return None if value is None else str(value)
 
 
-def _recordset(columns: Sequence[str]) -> str:
-    typed = ", ".join(f"{name} {NUMBERS.get(name, 'text')}" for name in columns)
-    return f"json_to_recordset(CAST(%s AS json)) AS v({typed})"
+def _in_one(rows: list[Row]) -> str:
+    return BETWEEN_ROWS.join(
+        [BETWEEN_VALUES.join([NULL if value is None else str(value) for value in row]) for row in rows]
+    )
 
 
-def _insert_recordset(table: str, columns: Sequence[str]) -> str:
-    return f"{insert_into(table, columns)} SELECT {', '.join(columns)} FROM {_recordset(columns)}"
+@cache
+def _together(starts: int, events: int, ends: int) -> str:
+    """One statement for so many rows."""
+    parts = []
+    if starts:
+        parts.append(_insert("romancy_instances", StartRow._fields, starts))
+    if events:
+        parts.append(_insert("romancy_history", HistoryRow._fields, events))
+    if ends:
+        sets = ", ".join(f"{name} = v.{name}" for name in END_COLUMNS[:-1])
+        parts.append(
+            f"UPDATE romancy_instances AS i SET {sets} FROM {_rows(END_COLUMNS, ends)} "
+            f"WHERE i.instance_id = v.instance_id"
+        )
+    *first, last = parts
+    return f"WITH {', '.join(f'part_{n} AS ({part})' for n, part in enumerate(first))} {last}" if first else last
+
+
+def _insert(table: str, columns: Sequence[str], count: int) -> str:
+    return f"{insert_into(table, columns)} SELECT {', '.join(columns)} FROM {_rows(columns, count)}"
+
+
+def _rows(columns: Sequence[str], count: int) -> str:
+    if count != MANY:
+        row = ", ".join(f"CAST(%s AS {NUMBERS.get(name, 'text')})" for name in columns)
+        return f"(VALUES {', '.join([f'({row})'] * count)}) AS v({', '.join(columns)})"
+    values = ", ".join(f"CAST(a[{n}] AS {NUMBERS.get(name, 'text')})" for n, name in enumerate(columns, 1))
+    return (
+        f"(SELECT {values} FROM (SELECT string_to_array(line, chr({ord(BETWEEN_VALUES)}), chr({ord(NULL)})) AS a "
+        f"FROM unnest(string_to_array(%s, chr({ord(BETWEEN_ROWS)}))) AS line OFFSET 0) AS lines) AS v({', '.join(columns)})"
+    )
 
 
 def _mysql_inserts(statement: str, rows: list[Row]) -> list[tuple[str, list[Any]]]:

@@ -41,6 +41,24 @@ def killing(real: Callable[..., Any], when: str, at: int) -> Callable[..., Any]:
     return call
 
 
+def killing_on_loop(real: Callable[..., Any], when: str, at: int) -> Callable[..., Any]:
+    """The same for what needs no thread, where it can do without one: else nothing has happened, and nothing counts."""
+
+    def call(*arguments: Any) -> Any:
+        global commits
+        commits += 1
+        if commits == at and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        outcome = real(*arguments)
+        if outcome is None:
+            commits -= 1
+        elif commits == at and when == "after":
+            outcome.add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        return outcome
+
+    return call
+
+
 def note(token: str) -> None:
     with tokens_file.open("a") as file:
         file.write(token + "\n")
@@ -97,6 +115,7 @@ def arm(database: Database, when: str, at: int) -> None:
     """From here on, the process dies just before or just after the N-th commit of history."""
     store: Any = type(make_store(parse_address(database), []))
     store._write_parties = killing(store._write_parties, when, at)
+    store._flush_on_loop = killing_on_loop(store._flush_on_loop, when, at)
     ActivityTransaction.commit_in_thread = killing(  # type: ignore[method-assign]
         ActivityTransaction.commit_in_thread, when, at
     )

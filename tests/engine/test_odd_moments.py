@@ -390,6 +390,7 @@ async def test_worker_that_can_no_longer_write_leaves_its_work_to_others(
             return real(self, link, batch, parties, worker_id, *rest)
 
         monkeypatch.setattr(store, "_write_parties", write)
+        monkeypatch.setattr(store, "_flush_on_loop", lambda *_: None)
         go.set()
         async with asyncio.timeout(RESULT_TIMEOUT_S):
             while rows(database, "SELECT count(*) FROM romancy_workers WHERE worker_id = ?", broken_id) != [(0,)]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from romancy.storage import postgresql as postgresql_module
+from romancy.storage import postgresql_link
 from romancy.storage.address import parse_address
-from romancy.storage.postgresql import PostgresqlLink
+from romancy.storage.postgresql_link import PostgresqlLink
 from romancy.storage.store import Store
 from romancy.storage.stores import make_store
 from romancy.storage.threads import Link
@@ -27,7 +27,7 @@ def store(postgresql_url: str) -> Iterator[Store]:
 
 def test_plans_are_left_alone_in_a_failed_transaction(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or its end would never be reached."""
-    monkeypatch.setattr(postgresql_module, "PLANS_SERVE_S", 0.0)
+    monkeypatch.setattr(postgresql_link, "PLANS_SERVE_S", 0.0)
 
     def fail(link: Link) -> None:
         assert isinstance(link, PostgresqlLink)

@@ -16,7 +16,8 @@ from romancy import App, ConfigurationError, Status, Workflow, WorkflowContext, 
 from romancy.engine import claims as claims_module
 from romancy.storage import listener as listener_module
 from romancy.storage.listener import Listener
-from romancy.storage.postgresql import PostgresqlLink, PostgresqlStore
+from romancy.storage.postgresql import PostgresqlStore
+from romancy.storage.postgresql_link import PostgresqlLink
 from tests.databases import clean
 from tests.pgbouncer import pgbouncer
 from tests.support import RESULT_TIMEOUT_S, wait_for_status

@@ -11,10 +11,11 @@ import psycopg
 import pytest
 
 from romancy import App, WorkflowContext, activity, workflow
-from romancy.storage import postgresql as postgresql_module
+from romancy.storage import postgresql_link
 from romancy.storage.address import parse_address
-from romancy.storage.postgresql import PLANNING, PostgresqlLink, PostgresqlStore
+from romancy.storage.postgresql import PostgresqlStore
 from romancy.storage.postgresql_flush import Fence, Rows, flush_statement
+from romancy.storage.postgresql_link import PLANNING, PostgresqlLink
 from romancy.storage.rows import StateRow
 from romancy.storage.stores import make_store
 from tests.databases import clean, execute, server_database
@@ -141,9 +142,9 @@ async def test_mail_is_found_by_its_subject_before_there_are_statistics(monkeypa
 def test_plans_are_made_anew_the_seldomer_the_more_there_is(
     postgresql_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql_module, "PLANS_SERVE", 10)
-    monkeypatch.setattr(postgresql_module, "PLANS_SERVE_AT_MOST", 40)
-    monkeypatch.setattr(postgresql_module, "PLANS_SERVE_S", 0.0)
+    monkeypatch.setattr(postgresql_link, "PLANS_SERVE", 10)
+    monkeypatch.setattr(postgresql_link, "PLANS_SERVE_AT_MOST", 40)
+    monkeypatch.setattr(postgresql_link, "PLANS_SERVE_S", 0.0)
     executed: list[str] = []
     real = psycopg.Connection.execute
 

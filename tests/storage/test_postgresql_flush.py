@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from romancy.storage.address import parse_address
 from romancy.storage.mail import Closing, Receipt
 from romancy.storage.postgresql import PostgresqlStore
-from romancy.storage.postgresql_flush import FEW, Fence, Rows, flush_statement, rows_of
+from romancy.storage.postgresql_flush import FEW, Fence, Rows, flush_statement, new_starts, rows_of
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.stores import make_store
 from romancy.storage.threads import Link
@@ -50,7 +50,7 @@ def worker_fence(url: str) -> Fence:
 def flush(link: Link, fence: Fence, rows: Rows) -> tuple[bool, set[str]]:
     sql, values = flush_statement(fence, rows, 1)
     is_alive, inserted, _ = link.execute(sql, values).fetchone()
-    return is_alive, set(inserted or ())
+    return is_alive, new_starts(inserted)
 
 
 def start(instance_id: str, **fields: Any) -> StartRow:

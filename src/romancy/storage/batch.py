@@ -78,6 +78,13 @@ class Batch:
         self.is_unsure = False
         self.posts: list[Post] = []
 
+    def note(self, parties: int, written: Written) -> None:
+        """The first of those that wait, so many, are durable."""
+        self.inserted |= written.inserted
+        if written.post is not None:
+            self.posts.append(written.post)
+        del self.waiting[:parties]
+
 
 class Written(NamedTuple):
     """What came of some parties' rows: the ids of keyed starts that were new, and what became of their mail."""
@@ -107,11 +114,9 @@ def _attempt(batch: Batch, parties: list[Party], commit: Callable[[list[Party]],
             _attempt(batch, parties[middle:], commit)
             return
         batch.refused.append((parties[0], _refusal(error)))
+        del batch.waiting[0]
     else:
-        batch.inserted |= written.inserted
-        if written.post is not None:
-            batch.posts.append(written.post)
-    del batch.waiting[: len(parties)]
+        batch.note(len(parties), written)
 
 
 def _refusal(error: Exception) -> DatabaseError:

@@ -53,7 +53,15 @@ class GroupCommit(Database):
         Rows that a constraint refuses are found and left out; the batch names their parties. After a connection was
         lost in the middle, nobody knows what is durable: the next attempt looks first.
         """
+        outcome = None if batch.is_unsure else self._flush_on_loop(batch, worker_id)
+        return self._flush_on_thread(batch, worker_id) if outcome is None else outcome
 
+    def _flush_on_loop(self, batch: Batch, worker_id: str | None) -> Future[None] | None:
+        """Commit a batch without another thread, where that can be done now; else ``None``, and nothing is done."""
+        del batch, worker_id
+        return None
+
+    def _flush_on_thread(self, batch: Batch, worker_id: str | None) -> Future[None]:
         def job(link: Link) -> None:
             if batch.is_unsure:
                 self._leave_out_what_is_durable(link, batch, worker_id)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache, partial
+from concurrent.futures import Future
+from functools import cache, partial
 from typing import Any
 
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, Engine, cast, event, func, text
@@ -13,24 +14,27 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.util import await_only
 
-from romancy.errors import ConfigurationError, DatabaseUnsafeError, DatabaseURLError
+from romancy.errors import ConfigurationError, DatabaseError, DatabaseUnsafeError, DatabaseURLError
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.database import fenced
+from romancy.storage.failures import database_error, is_beyond_use, is_lost
+from romancy.storage.flight import Flight
 from romancy.storage.listener import HINT, Listener, SelfTest
 from romancy.storage.mail import Closing, Mail, Operation, Post, Receipt
 from romancy.storage.mail_desk import locking
-from romancy.storage.postgresql_flush import Fence, Rows, flush_statement, rows_of, typed_mark
+from romancy.storage.postgresql_flush import Fence, Rows, flush_statement, new_starts, rows_of, typed_mark
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.schema import history, workers
-from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, NEW_S, ServerLink, ServerStore
+from romancy.storage.server import DEFAULT_PATIENCE_S, MOST_LOCK_WAIT_S, NEW_S, ServerStore
 from romancy.storage.store import taken
 from romancy.storage.threads import Link
-from romancy.storage.watchdog import Line, answered_within
 
 try:
     import psycopg
     from psycopg.pq import TransactionStatus
+
+    from romancy.storage.postgresql_link import PLANNING, PREPARE_AFTER, PostgresqlLink
 except ImportError as error:
     raise ConfigurationError(
         f"PostgreSQL needs its driver: pip install 'romancy[postgresql]' (import psycopg says: {error})"
@@ -44,21 +48,6 @@ DEAF_WARNING = (
     "lost. Nothing is lost but time: this worker looks every few seconds for what others have left. Give "
     "App(listen_on=…) an address that leads to the server directly, or accept that"
 )
-PREPARE_AFTER = 5
-"""Executions after which the driver lets the server keep a statement's plan."""
-
-PLANNING = ("SET plan_cache_mode = force_generic_plan", "SET enable_seqscan = off", "SET jit = off")
-"""Statements are planned for any values, and by indexes: tables may be all but empty when it's done."""
-
-PLANS_SERVE = 32
-"""New rows after which plans are made anew; from then on twice as many each time …"""
-
-PLANS_SERVE_AT_MOST = 1_024
-"""… up to so many …"""
-
-PLANS_SERVE_S = 0.5
-"""… and not oftener than after so many seconds."""
-
 PREPARING = "prepare_threshold"
 ANYTHING = "SELECT 1"
 WHO_SERVES = "SELECT pg_backend_pid()"
@@ -67,59 +56,6 @@ MIGRATION_LOCK = 0x526F6D616E6379  # "Romancy"
 _make_dialect: Any = PGDialect
 _DIALECT = _make_dialect(paramstyle="format")
 _NOW = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
-
-
-class PostgresqlLink(ServerLink):
-    """A psycopg connection, or one of a pooler's that leads to another server connection in each transaction.
-
-    Behind a pooler nothing is set for a session, for it would be handed to somebody else: what a transaction needs it
-    sets for itself. And nothing is prepared: names of prepared statements belong to a session, too, and the same name
-    may stand for another client's statement.
-    """
-
-    def __init__(self, connection: psycopg.Connection[Any], line: Line, patience_s: float) -> None:
-        super().__init__(line, patience_s)
-        self.connection = connection
-        self._grown_by = 0
-        self._plans_serve = PLANS_SERVE
-        self._planned_at = time.monotonic()
-
-    def _execute(self, sql: str, parameters: Sequence[Any]) -> Any:
-        if self._grown_by >= self._plans_serve and self.connection.prepare_threshold is not None:
-            self._plan_anew()
-        cursor = self.connection.execute(_encoded(sql), parameters)
-        if (cursor.statusmessage or "").startswith("INSERT"):
-            self.note_rows(cursor.rowcount)
-        return cursor
-
-    def note_rows(self, count: int) -> None:
-        """So many rows more have been written: plans may have to be made anew."""
-        self._grown_by += count
-
-    def _plan_anew(self) -> None:
-        """For a table that was all but empty any index will do, also one that leads through all of a large one; and
-        that plan would be kept until the server has new statistics, for a minute.
-
-        To plan takes longer than to execute: so the older the plans, the longer they serve.
-        """
-        now = time.monotonic()
-        # In a failed transaction nothing but its end would be carried out.
-        has_failed = self.connection.info.transaction_status == TransactionStatus.INERROR
-        if now - self._planned_at >= PLANS_SERVE_S and not has_failed:
-            self._grown_by, self._planned_at = 0, now
-            self._plans_serve = min(2 * self._plans_serve, PLANS_SERVE_AT_MOST)
-            self.connection.execute("DISCARD PLANS", (), prepare=False)
-
-    def execute_together(self, *statements: str) -> Any:
-        """Run several statements in one round trip; returns the cursor of the last."""
-        with answered_within(self.line, self._patience_s):
-            cursor = self.connection.execute("; ".join(statements).encode(), (), prepare=False)
-        while cursor.nextset():
-            pass
-        return cursor
-
-    def _close(self) -> None:
-        self.connection.close()
 
 
 class PostgresqlStore(ServerStore):
@@ -270,10 +206,16 @@ class PostgresqlStore(ServerStore):
 
     def _write_parties(self, link: Link, batch: Batch, parties: list[Party], worker_id: str | None) -> Written:
         ends = [operation for party in parties for operation in party.mail]
-        is_one_statement = self._is_read_committed and not any(party.changes for party in parties)
-        if not is_one_statement or not all(isinstance(end, Receipt | Closing) for end in ends):
+        if not self._is_one_statement(parties, ends):
             return super()._write_parties(link, batch, parties, worker_id)
         return Written(self._write_together(link, parties, worker_id, ends))
+
+    def _is_one_statement(self, parties: list[Party], operations: Sequence[Operation]) -> bool:
+        return (
+            self._is_read_committed
+            and not any(party.changes for party in parties)
+            and all(isinstance(operation, Receipt | Closing) for operation in operations)
+        )
 
     def _write_rows(self, link: Link, parties: list[Party], worker_id: str | None) -> set[str]:
         return self._write_together(link, parties, worker_id, ())
@@ -282,21 +224,73 @@ class PostgresqlStore(ServerStore):
         self, link: Link, parties: list[Party], worker_id: str | None, ends: Sequence[Operation]
     ) -> set[str]:
         """Write all rows in one statement, the ends of deliveries and mailboxes included; see :meth:`_write_rows`."""
-        rows = Rows(
-            [row for p in parties for row in p.starts],
-            [row for p in parties for row in p.keyed_starts],
-            [row for p in parties for row in p.history],
-            [p.state for p in parties if p.state is not None],
-            *rows_of(ends),
-        )
-        fence = self._client_fence if worker_id is None else Fence(self._worker_fence, worker_id)
-        is_alive, inserted, _ = link.execute(*flush_statement(fence, rows, len(parties))).fetchone()
+        rows = _rows_of(parties, ends)
+        sql, values = flush_statement(self._fence_of(worker_id), rows, len(parties))
+        is_alive, inserted, _ = link.execute(sql, values).fetchone()
+        assert isinstance(link, PostgresqlLink)
+        return self._note_written(link, rows, worker_id, inserted, is_alive=is_alive)
+
+    def _flush_on_loop(self, batch: Batch, worker_id: str | None) -> Future[None] | None:
+        loop = _running_loop()
+        ends = [operation for party in batch.waiting for operation in party.mail]
+        # A hint to others would be one more statement.
+        if loop is None or batch.makes_work or self._writer is None or not self._is_one_statement(batch.waiting, ends):
+            return None
+        parties = len(batch.waiting)
+        rows = _rows_of(batch.waiting, ends)
+        try:
+            sql, values = flush_statement(self._fence_of(worker_id), rows, parties)
+        except (DatabaseError, UnicodeError):
+            return None
+        outcome: Future[None] = Future()
+
+        def land(link: PostgresqlLink, answer: tuple[Any, ...] | BaseException) -> None:
+            if isinstance(answer, BaseException):
+                self._flush_again(batch, worker_id, answer, outcome)
+                return
+            is_alive, inserted, _ = answer
+            try:
+                keyed = self._note_written(link, rows, worker_id, inserted, is_alive=is_alive == "t")
+            except DatabaseError as error:
+                outcome.set_exception(error)
+                return
+            batch.note(parties, Written(keyed))
+            if link.needs_care:
+                self._write(_take_care)
+            outcome.set_result(None)
+
+        return outcome if Flight(loop, self._writer, is_beyond_use, land).depart(sql, values) else None
+
+    def _flush_again(self, batch: Batch, worker_id: str | None, error: BaseException, outcome: Future[None]) -> None:
+        """A statement has failed: nothing of it is durable; or its connection has, and nobody knows."""
+
+        def end(done: Future[None]) -> None:
+            failure = done.exception()
+            if failure is None:
+                outcome.set_result(None)
+            else:
+                outcome.set_exception(failure)
+
+        if is_lost(error):
+            batch.is_unsure = True
+            outcome.set_exception(database_error(error, self.name))
+            return
+        try:
+            self._flush_on_thread(batch, worker_id).add_done_callback(end)
+        except DatabaseError as closed:
+            outcome.set_exception(closed)
+
+    def _fence_of(self, worker_id: str | None) -> Fence:
+        return self._client_fence if worker_id is None else Fence(self._worker_fence, worker_id)
+
+    def _note_written(
+        self, link: PostgresqlLink, rows: Rows, worker_id: str | None, inserted: str | None, *, is_alive: bool
+    ) -> set[str]:
         if not is_alive:
             assert worker_id is not None
             raise fenced(worker_id)
-        assert isinstance(link, PostgresqlLink)
-        link.note_rows(len(rows.starts) + len(rows.keyed_starts) + len(rows.events))
-        return set(inserted or ())
+        link.note_rows(rows.new)
+        return new_starts(inserted)
 
     # -- hints -------------------------------------------------------------------------------------
 
@@ -385,10 +379,26 @@ def _is_direct(connection: psycopg.BaseConnection[Any], pid: int) -> bool:
     return pid == connection.info.backend_pid
 
 
-@lru_cache(1_024)
-def _encoded(sql: str) -> bytes:
-    """The same object each time, for its hash is kept: the driver looks statements up by it."""
-    return sql.encode()
+def _rows_of(parties: Sequence[Party], ends: Sequence[Operation]) -> Rows:
+    return Rows(
+        [row for p in parties for row in p.starts],
+        [row for p in parties for row in p.keyed_starts],
+        [row for p in parties for row in p.history],
+        [p.state for p in parties if p.state is not None],
+        *rows_of(ends),
+    )
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _take_care(link: Link) -> None:
+    assert isinstance(link, PostgresqlLink)
+    link.take_care()
 
 
 def _abort(link: Link) -> None:

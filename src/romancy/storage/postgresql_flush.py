@@ -48,6 +48,11 @@ class Rows(NamedTuple):
     receipts: Sequence[Receipt]
     closed: Sequence[str]
 
+    @property
+    def new(self) -> int:
+        """How many rows are added."""
+        return len(self.starts) + len(self.keyed_starts) + len(self.events)
+
 
 class Shape(NamedTuple):
     """For how many rows a statement is: none, so many values, or :data:`MANY`; see :class:`Rows`."""
@@ -73,11 +78,12 @@ def rows_of(operations: Sequence[Operation]) -> tuple[list[Receipt], list[str]]:
     return receipts, [operation.instance_id for operation in operations if isinstance(operation, Closing)]
 
 
-def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[Any]]:
+def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[str | None]]:
     """The statement that writes these rows, of so many parties.
 
-    Its only row says whether the fence found one, which keyed starts are new (a list, or ``None``), and nothing
+    Its only row says whether the fence found one, which keyed starts are new (see :func:`new_starts`), and nothing
     further: an instance that is not this worker's makes a division by zero, and with it the whole statement fails.
+    All values are given as texts, so that missing ones don't make it another statement to prepare.
 
     Raises:
         PacketTooLargeError: the server can't take it in one piece.
@@ -94,14 +100,13 @@ def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[A
         shape = Shape._make([MANY if table else 0 for table in rows])
     starts, keyed_starts, events, states, receipts = given
     _check_size(given, parties)
-    # The server takes all of them for texts, so that it's one statement to prepare.
-    parameters: list[Any] = [] if fence.worker_id is None else [fence.worker_id]
+    parameters: list[str | None] = [] if fence.worker_id is None else [fence.worker_id]
     parameters += [*starts, *keyed_starts, *events, *states]
     if states:
         parameters.append(fence.worker_id)
     parameters += receipts
     if rows.closed:
-        parameters += [rows.closed] * 3
+        parameters += [_as_array(rows.closed)] * 3
     if states:
         parameters.append(str(len(rows.states)))
     return _statement(fence.sql, shape), parameters
@@ -109,6 +114,16 @@ def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[A
 
 def _as_text(value: Any) -> str | None:
     return value if value is None or type(value) is str else str(value)
+
+
+def new_starts(found: str | None) -> set[str]:
+    """The ids of the new keyed starts, from what the statement says of them."""
+    return set(found.split(BETWEEN_VALUES)) if found is not None else set()
+
+
+def _as_array(texts: Sequence[str]) -> str:
+    quoted = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
+    return '{"' + '","'.join(quoted) + '"}'
 
 
 def _in_one(table: Sequence[Sequence[Any]]) -> str:
@@ -168,7 +183,7 @@ def _statement(fence: str, shape: Shape) -> str:
             f"keyed AS (INSERT INTO {instances.name} ({start}) SELECT {start} FROM {source} WHERE {_ALIVE} "
             f"ON CONFLICT (instance_id) DO NOTHING RETURNING instance_id)"
         )
-        inserted = "(SELECT array_agg(instance_id) FROM keyed)"
+        inserted = f"(SELECT string_agg(instance_id, {_char(BETWEEN_VALUES)}) FROM keyed)"
     if shape.events:
         source = _source(HistoryRow._fields, shape.events)
         parts.append(f"events AS (INSERT INTO {history.name} ({event}) SELECT {event} FROM {source} WHERE {_ALIVE})")

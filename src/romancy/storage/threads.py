@@ -1,4 +1,7 @@
-"""A driver connection on a thread of its own: jobs in order, each with a future for its outcome."""
+"""A driver connection on a thread of its own: jobs in order, each with a future for its outcome.
+
+While the thread has nothing to do, the connection may be lent to the event loop.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from typing import Any, Protocol, TypeVar
 from romancy.errors import DatabaseError
 
 T = TypeVar("T")
+
+LONGEST_LOAN_S = 0.05
+"""After so long the thread, if it needs the connection, does itself what the loop has borrowed it for."""
 
 
 class Link(Protocol):
@@ -33,6 +39,14 @@ Check = Callable[[int, Sequence[Any]], None]
 
 def no_check(_count: int, _rows: Sequence[Any]) -> None:
     """Any result will do."""
+
+
+class Loan(Protocol):
+    """What somebody else has borrowed the connection for."""
+
+    def finish(self) -> None:
+        """Do what is left to do, and give the connection back. Blocks; from the connection's thread."""
+        ...
 
 
 class ConnectionThread:
@@ -61,7 +75,11 @@ class ConnectionThread:
         self._is_stale = is_stale
         self._opened: Future[None] = Future()
         self._is_given_up = False
-        self._first = first
+        self._link = first
+        self._is_link_lost = False
+        self._loan: Loan | None = None
+        self._unfinished = 0
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def open(self) -> Future[None]:
@@ -72,8 +90,30 @@ class ConnectionThread:
     def submit(self, job: Job[T]) -> Future[T]:
         """Queue a job."""
         outcome: Future[T] = Future()
+        with self._changed:
+            self._unfinished += 1
         self._jobs.put((outcome, job))
         return outcome
+
+    def borrow(self, loan: Loan) -> Link | None:
+        """The connection, for the caller alone until :meth:`give_back`; ``None`` while the thread needs it itself."""
+        with self._changed:
+            link = self._link
+            if self._unfinished or self._loan is not None or link is None or self._is_link_lost or self._is_stale(link):
+                return None
+            self._loan = loan
+            return link
+
+    def give_back(self, *, is_lost: bool = False) -> None:
+        """End the loan; from any thread.
+
+        Args:
+            is_lost: the connection is of no more use.
+        """
+        with self._changed:
+            self._loan = None
+            self._is_link_lost = self._is_link_lost or is_lost
+            self._changed.notify_all()
 
     def end(self) -> None:
         """Let the queued jobs end, then close the connection and the thread."""
@@ -90,38 +130,61 @@ class ConnectionThread:
         self._is_given_up = True
 
     def _run(self) -> None:
-        link: Link | None = self._first
-        self._first = None
         try:
-            if link is None:
-                link = self._connect()
+            if self._link is None:
+                self._link = self._connect()
         except BaseException as error:
             self._opened.set_exception(error)
             return
         self._opened.set_result(None)
         while (item := self._jobs.get()) is not None:
             outcome, job = item
-            if not outcome.set_running_or_notify_cancel():
-                continue
-            try:
-                if self._is_given_up:
-                    raise DatabaseError("the app shuts down, and the database does not answer")
-                if link is not None and self._is_stale(link):
-                    _close(link)
-                    link = None
-                if link is None:
-                    link = self._connect()
-                result = job(link)
-            except BaseException as error:
-                if link is not None and self._is_lost(error):
-                    _close(link)
-                    link = None
-                outcome.set_exception(error)
+            self._reclaim()
+            if outcome.set_running_or_notify_cancel():
+                self._do(outcome, job)
             else:
-                outcome.set_result(result)
+                self._note_finished()
             del item, outcome, job
+        self._reclaim()
+        self._drop_link()
+
+    def _do(self, outcome: Future[Any], job: Job[Any]) -> None:
+        try:
+            result = job(self._ready_link())
+        except BaseException as error:
+            if self._is_lost(error):
+                self._drop_link()
+            self._note_finished()
+            outcome.set_exception(error)
+        else:
+            self._note_finished()
+            outcome.set_result(result)
+
+    def _ready_link(self) -> Link:
+        if self._is_given_up:
+            raise DatabaseError("the app shuts down, and the database does not answer")
+        if self._link is not None and (self._is_link_lost or self._is_stale(self._link)):
+            self._drop_link()
+        if self._link is None:
+            self._link = self._connect()
+        return self._link
+
+    def _drop_link(self) -> None:
+        link, self._link, self._is_link_lost = self._link, None, False
         if link is not None:
             _close(link)
+
+    def _note_finished(self) -> None:
+        with self._changed:
+            self._unfinished -= 1
+
+    def _reclaim(self) -> None:
+        """Wait for the connection to come back; not for a loop that does something else."""
+        with self._changed:
+            loan = self._loan
+            if loan is None or self._changed.wait_for(lambda: self._loan is None, LONGEST_LOAN_S):
+                return
+        loan.finish()
 
 
 def _close(link: Link) -> None:

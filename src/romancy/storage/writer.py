@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -122,7 +123,7 @@ class BatchStore(Protocol):
     """What the writer needs of a database."""
 
     def flush(self, batch: Batch, worker_id: str | None) -> Future[None]:
-        """Commit a batch under the worker's fence."""
+        """Commit a batch under the worker's fence; never ends before it returns."""
         ...
 
 
@@ -152,6 +153,7 @@ class Writer:
         self._on_stopped = on_stopped
         self._on_post = on_post
         self._loop = asyncio.get_running_loop()
+        self._thread_id = threading.get_ident()
         self._open = Batch(1)
         self._in_flight: Batch | None = None
         self._is_scheduled = False
@@ -338,7 +340,10 @@ class Writer:
         outcome.add_done_callback(lambda done: self._post(batch, done))
 
     def _post(self, batch: Batch, done: Future[None]) -> None:
-        """From the store's thread back to the loop."""
+        """From the store's thread, if it was one, back to the loop."""
+        if threading.get_ident() == self._thread_id:
+            self._flushed(batch, done.exception())
+            return
         try:
             self._loop.call_soon_threadsafe(self._flushed, batch, done.exception())
         except RuntimeError:
