@@ -219,7 +219,8 @@ def _rows(columns: Sequence[str], count: int) -> str:
     values = ", ".join(f"CAST(a[{n}] AS {NUMBERS.get(name, 'text')})" for n, name in enumerate(columns, 1))
     return (
         f"(SELECT {values} FROM (SELECT string_to_array(line, chr({ord(BETWEEN_VALUES)}), chr({ord(NULL)})) AS a "
-        f"FROM unnest(string_to_array(%s, chr({ord(BETWEEN_ROWS)}))) AS line OFFSET 0) AS lines) AS v({', '.join(columns)})"
+        f"FROM unnest(string_to_array(%s, chr({ord(BETWEEN_ROWS)}))) AS line OFFSET 0) AS lines) "
+        f"AS v({', '.join(columns)})"
     )
 
 

@@ -38,6 +38,7 @@ from romancy.storage.sessions import (
     CommitUnsureError,
     SessionEngines,
 )
+from romancy.storage.writer import Writer
 
 logger = logging.getLogger("romancy.engine")
 
@@ -49,6 +50,7 @@ class RunnerHost(SendingHost, Protocol):
     """What the runner needs of its worker."""
 
     worker_id: str
+    writer: Writer
 
     def lease_deadline_us(self) -> int:
         """Until when a lease renewed now would hold."""
@@ -233,6 +235,7 @@ class ActivityRunner:
             Thread(target=transaction.close_quietly, name="romancy-late", daemon=True).start()
 
     def _on_task_done(self, attempt: Attempt, task: asyncio.Task[Any]) -> None:
+        self.host.writer.hurry()
         self._leave(attempt)
         if task.cancelled():
             self._on_cancelled(attempt)

@@ -55,6 +55,8 @@ class Database(ABC):
             rollback: a failed statement fails all of it, and the connection knows.
         write_lock: who may write now; on databases with many writers, everybody.
         has_one_writer: whether an open transaction keeps all others from writing.
+        works_beside: whether a group commit leaves this process alone until it's done, so that several smaller ones,
+            with work between them, come out cheaper than one.
         workflow_clock: what workflows take for the time, and mail expires by; a test may put its own here.
         patience_s: how long a server may take for a statement of the engine's own.
         most_bytes: how long a statement's text may be, with its values; ``None`` where that is no concern.
@@ -64,6 +66,7 @@ class Database(ABC):
     begin = "BEGIN"
     kind: str
     has_one_writer = False
+    works_beside = False
     savepoint_may_wait = False
     patience_s = math.inf
     most_bytes: int | None = None

@@ -72,6 +72,7 @@ class PostgresqlStore(ServerStore):
 
     kind = "postgresql"
     savepoint_may_wait = True
+    works_beside = True
 
     def __init__(
         self, address: ServerAddress, workflow_names: Sequence[str], patience_s: float = DEFAULT_PATIENCE_S

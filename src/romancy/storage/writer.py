@@ -28,6 +28,8 @@ from romancy.storage.rows import Change, HistoryRow, StartRow, StateRow
 logger = logging.getLogger("romancy.storage")
 
 MAX_WAITING_ROWS = 20_000
+MUCH = 64
+"""So many rows are worth a commit of their own, if the database works while this thread does."""
 MAX_RETRY_WAIT_S = 1.0
 HOPELESS = (DatabaseCorruptError, DatabaseReadOnlyError, SchemaError)
 """Errors that waiting does not mend: the worker stops, its instances stay as they were."""
@@ -120,7 +122,13 @@ class Start:
 
 
 class BatchStore(Protocol):
-    """What the writer needs of a database."""
+    """What the writer needs of a database.
+
+    Attributes:
+        works_beside: whether a flush leaves this process alone meanwhile.
+    """
+
+    works_beside: bool
 
     def flush(self, batch: Batch, worker_id: str | None) -> Future[None]:
         """Commit a batch under the worker's fence; never ends before it returns."""
@@ -315,6 +323,15 @@ class Writer:
             raise AppNotRunningError(f"nothing can be stored: {self.stopped_by}") from self.stopped_by
 
     # -- flushing ----------------------------------------------------------------------------------
+
+    def hurry(self) -> None:
+        """Send what waits, if it's much and nothing is on its way, before more is done: so that of many instances, all
+        at the same point, some go on while the database writes what the others have done.
+
+        Called only when nobody has more to add to what belongs together.
+        """
+        if self._in_flight is None and self._open.row_count >= MUCH and self._store.works_beside:
+            self._seal()
 
     def _schedule(self) -> None:
         # Not at once: the callbacks that are ready in this turn of the loop add their rows first.
