@@ -34,6 +34,8 @@ from tests.support import RESULT_TIMEOUT_S
 class FakeStore:
     """Keeps batches until the test says how they ended."""
 
+    works_beside = False
+
     def __init__(self) -> None:
         self.batches: list[tuple[Batch, Future[None]]] = []
 
@@ -41,6 +43,10 @@ class FakeStore:
         future: Future[None] = Future()
         self.batches.append((batch, future))
         return future
+
+
+class StoreBeside(FakeStore):
+    works_beside = True
 
 
 class Member(Recorder):
@@ -72,6 +78,22 @@ def ignore(is_new: bool) -> None:
 async def turns(count: int = 5) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("store", "sent"), [(StoreBeside(), [64, 66]), (FakeStore(), [130])])
+async def test_much_is_sent_before_the_turn_is_over_where_the_database_works_beside(
+    store: FakeStore, sent: list[int]
+) -> None:
+    writer, _ = make(store)
+    for number in range(130):
+        writer.hurry()
+        writer.record(Member(), event(number))
+    assert len(store.batches) == len(sent) - 1
+    await turns()
+    while store.batches[-1][1].done() is False:
+        store.batches[-1][1].set_result(None)
+        await turns()
+    assert [batch.row_count for batch, _ in store.batches] == sent
 
 
 async def test_what_comes_in_one_turn_of_the_loop_shares_a_commit() -> None:

@@ -80,27 +80,28 @@ class Flight(Generic[L]):
 
     def depart(self, sql: str, values: Sequence[str | None]) -> bool:
         """Send the statement, if the connection can be had now; else nothing is done."""
-        link: Any = self._thread.borrow(self)
-        if link is None:
-            return False
-        self._link = link
-        self._descriptor = link.descriptor()
-        try:
-            self._loop.add_reader(self._descriptor, self._look)
-        except NotImplementedError:  # so is asyncio's loop on Windows
-            self._thread.give_back()
-            return False
-        try:
-            link.send(sql, values)
-            is_sent = link.is_sent()
-        except Exception as error:
-            self._note(error)
-            self._loop.call_soon(self._land)
+        with self._lock:  # the thread may have waited for long, and want to finish what has not begun
+            link: Any = self._thread.borrow(self)
+            if link is None:
+                return False
+            self._link = link
+            self._descriptor = link.descriptor()
+            try:
+                self._loop.add_reader(self._descriptor, self._look)
+            except NotImplementedError as error:  # so is asyncio's loop on Windows
+                self._note(error)
+                return False
+            try:
+                link.send(sql, values)
+                is_sent = link.is_sent()
+            except Exception as error:
+                self._note(error)
+                self._loop.call_soon(self._land)
+                return True
+            if not is_sent:
+                self._has_writer = True
+                self._loop.add_writer(self._descriptor, self._look)
             return True
-        if not is_sent:
-            self._has_writer = True
-            self._loop.add_writer(self._descriptor, self._look)
-        return True
 
     def finish(self) -> None:
         """See :class:`romancy.storage.threads.Loan`. The loop has been busy with something else, or the server has."""
