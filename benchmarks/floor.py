@@ -11,8 +11,8 @@ to be much faster.
 
 * The tables and their indexes are Romancy's own; the rows have the columns and the sizes that Romancy writes. Ids sort
   by time, as Romancy's do.
-* One thread writes. It takes whatever waits, writes it in one transaction (`group_commit.py`) and wakes the waiters
-  with one call into the event loop.
+* One thread writes; with `--on-loop`, on PostgreSQL, none (`on_loop.py`). It takes whatever waits, writes it in one
+  transaction (`group_commit.py`) and wakes the waiters with one call into the event loop.
 * Throughput: a workflow of three activities is five strict durable waits, one after the other: its instance
   row, three rows of history, the update of the instance row.
 * Latency: n activities are n + 1 commits, for the last outcome and the end share one. With `--idle-seconds 20
@@ -35,7 +35,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from group_commit import MAKERS, Group, SqliteGroup, connect_sqlite, insert_into, insert_values
+from group_commit import MAKERS, Group, PostgresqlGroup, SqliteGroup, connect_sqlite, insert_into, insert_values
+from on_loop import LoopWriter
 from peers.common import Result, throughput_result, timed_bounded, timed_each
 
 from databases import connect
@@ -132,8 +133,16 @@ def end_row(instance_id: str) -> Write:
     return "end", ("completed", None, None, NOW_US, NOW_US, result, None, instance_id)
 
 
+def make_writer(args: argparse.Namespace, group: Group) -> "Writer | LoopWriter":
+    if not args.on_loop:
+        return Writer(group)
+    if not isinstance(group, PostgresqlGroup):
+        raise SystemExit("--on-loop is for PostgreSQL")
+    return LoopWriter(group)
+
+
 async def throughput(args: argparse.Namespace, group: Group) -> Result:
-    writer = Writer(group)
+    writer = make_writer(args, group)
     ids = instance_ids()
 
     async def run_one(_: int) -> None:
@@ -152,7 +161,7 @@ async def throughput(args: argparse.Namespace, group: Group) -> Result:
 
 
 async def latency(args: argparse.Namespace, group: Group) -> Result:
-    writer = Writer(group)
+    writer = make_writer(args, group)
     ids = instance_ids()
 
     async def run_one(_: int) -> None:
@@ -257,6 +266,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1_000)
     parser.add_argument("--activities", type=int, default=1)
     parser.add_argument("--idle-seconds", type=float, default=0.0, help="latency: how long nothing happens before")
+    parser.add_argument("--on-loop", action="store_true", help="on PostgreSQL: without a thread; see on_loop.py")
     parser.add_argument("--inserts", choices=["values", "executemany"], default="values", help="on SQLite")
     parser.add_argument("--dir", type=Path, help="where to put a SQLite database (default: the system's temp)")
     parser.add_argument("--database", help="instead: an empty database on a server, as postgresql://… or mysql://…")

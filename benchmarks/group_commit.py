@@ -90,33 +90,27 @@ class PostgresqlGroup:
     """See the module."""
 
     def __init__(self, url: str) -> None:
-        self._connection = connect(url)
+        self.connection = connect(url)
         for name in PLANNER_OFF:
-            self._connection.execute(f"SET {name} = off")
+            self.connection.execute(f"SET {name} = off")
 
     def commit(self, starts: list[Row], events: list[Row], ends: list[Row]) -> None:
         if len(events) < COPY_FROM:
             self._execute(starts, events, ends)
             return
-        with self._connection.transaction():
+        with self.connection.transaction():
             copied = f"COPY romancy_history ({', '.join(HistoryRow._fields)}) FROM STDIN"
-            with self._connection.cursor().copy(copied) as copy:
+            with self.connection.cursor().copy(copied) as copy:
                 for row in events:
                     copy.write_row(row)
             if starts or ends:
                 self._execute(starts, [], ends)
 
     def _execute(self, starts: list[Row], events: list[Row], ends: list[Row]) -> None:
-        tables = (starts, events, ends)
-        if len(starts) + len(events) + len(ends) <= FEW:
-            statement = _together(len(starts), len(events), len(ends))
-            self._connection.execute(statement, [_text(value) for table in tables for row in table for value in row])
-        else:
-            statement = _together(*(MANY if table else 0 for table in tables))
-            self._connection.execute(statement, [_in_one(table) for table in tables if table])
+        self.connection.execute(*all_together(starts, events, ends))
 
     def durability(self) -> Result:
-        return server_settings("postgresql", lambda query: fetch(self._connection, query))
+        return server_settings("postgresql", lambda query: fetch(self.connection, query))
 
 
 class MysqlGroup:
@@ -177,6 +171,15 @@ def insert_values(connection: sqlite3.Connection, statement: str, rows: list[Row
 def insert_executemany(connection: sqlite3.Connection, statement: str, rows: list[Row]) -> None:
     if rows:
         connection.executemany(f"{statement} VALUES ({','.join('?' * len(rows[0]))})", rows)
+
+
+def all_together(starts: list[Row], events: list[Row], ends: list[Row]) -> tuple[str, list[str | None]]:
+    """PostgreSQL's statement for these rows, with its values."""
+    tables = (starts, events, ends)
+    if len(starts) + len(events) + len(ends) <= FEW:
+        values = [_text(value) for table in tables for row in table for value in row]
+        return _together(len(starts), len(events), len(ends)), values
+    return _together(*(MANY if table else 0 for table in tables)), [_in_one(table) for table in tables if table]
 
 
 def _text(value: Any) -> str | None:

@@ -75,7 +75,7 @@ def stop_when(process: subprocess.Popen[str], folder: Path, at_least: int, signu
         while charges(folder) < at_least:
             assert process.poll() is None, f"it ended by itself: {process.communicate()}"
             assert time.monotonic() < deadline, "it makes no progress"
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.send_signal(signum)
         out, err = process.communicate(timeout=PATIENCE_S)
     return out, err

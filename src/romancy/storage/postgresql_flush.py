@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from romancy.errors import PacketTooLargeError
 from romancy.storage.mail import Closing, Operation, Receipt
@@ -90,16 +89,17 @@ def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[s
         UnicodeError: a text holds what stands between values.
     """
     tables = rows[:-1]
-    is_few = sum(map(len, tables)) <= FEW
     given: list[list[str | None]]
-    if is_few:
-        given = [[_as_text(value) for value in chain.from_iterable(table)] for table in tables]
+    if sum(map(len, tables)) <= FEW:
+        given = [
+            [value if value is None or type(value) is str else str(value) for row in table for value in row]
+            for table in tables
+        ]
         shape = Shape._make([*map(len, tables), len(rows.closed) and MANY])
     else:
         given = [[_in_one(table)] if table else [] for table in tables]
         shape = Shape._make([MANY if table else 0 for table in rows])
     starts, keyed_starts, events, states, receipts = given
-    _check_size(given, parties)
     parameters: list[str | None] = [] if fence.worker_id is None else [fence.worker_id]
     parameters += [*starts, *keyed_starts, *events, *states]
     if states:
@@ -109,11 +109,8 @@ def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[s
         parameters += [_as_array(rows.closed)] * 3
     if states:
         parameters.append(str(len(rows.states)))
+    _check_size(sum(map(len, filter(None, parameters))), parties)
     return _statement(fence.sql, shape), parameters
-
-
-def _as_text(value: Any) -> str | None:
-    return value if value is None or type(value) is str else str(value)
 
 
 def new_starts(found: str | None) -> set[str]:
@@ -126,7 +123,7 @@ def _as_array(texts: Sequence[str]) -> str:
     return '{"' + '","'.join(quoted) + '"}'
 
 
-def _in_one(table: Sequence[Sequence[Any]]) -> str:
+def _in_one(table: Sequence[Sequence[object]]) -> str:
     """Rows as one text."""
     text = BETWEEN_ROWS.join(
         [
@@ -145,9 +142,8 @@ def _in_one(table: Sequence[Sequence[Any]]) -> str:
     return text
 
 
-def _check_size(given: Sequence[Sequence[str | None]], parties: int) -> None:
+def _check_size(size: int, parties: int) -> None:
     """Refuse what the server can't take in one piece; some parties that are too much together are tried in halves."""
-    size = sum(len(text) for texts in given for text in texts if text is not None)
     if size > MOST_TOGETHER and (parties > 1 or size > MOST_ALONE):
         raise PacketTooLargeError(
             f"rows take {size:,} characters, more than the {MOST_ALONE:,} that PostgreSQL is given in one piece (it "

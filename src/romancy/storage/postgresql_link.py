@@ -100,7 +100,12 @@ class PostgresqlLink(ServerLink):
         """Begin to send one statement; its values are given as texts."""
         self.used_at = time.monotonic()
         self.line.deadline = self.used_at + self._patience_s
-        encoded = [None if value is None else self._encoded(value) for value in values]
+        if self._encoding is None:
+            self._encoding = self.connection.info.encoding
+        encoding = self._encoding
+        encoded = [None if value is None else value.encode(encoding) for value in values]
+        if any(b"\0" in value for value in encoded if value is not None):
+            raise psycopg.DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes")
         self._received = None
         name = self._prepared.get(sql)
         if name is not None:
@@ -154,14 +159,6 @@ class PostgresqlLink(ServerLink):
             self._prepared[sql] = name.encode()
         if self._is_plan_due():
             self._plan_anew()
-
-    def _encoded(self, text: str) -> bytes:
-        if self._encoding is None:
-            self._encoding = self.connection.info.encoding
-        encoded = text.encode(self._encoding)
-        if b"\0" in encoded:
-            raise psycopg.DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes")
-        return encoded
 
     def _text_of(self, value: bytes | None) -> str | None:
         return None if value is None else value.decode(self._encoding or "utf-8")
