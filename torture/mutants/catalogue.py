@@ -17,6 +17,8 @@ WRITER = "tests/storage/test_writer.py"
 DESK = "tests/storage/test_mail_desk.py"
 LOST = "tests/storage/test_lost_connections.py"
 CLAIMS = "tests/storage/test_claims.py"
+FLUSH = "tests/storage/test_postgresql_flush.py"
+FLIGHT = "tests/storage/test_flight.py"
 
 MUTANTS = (
     Mutant(
@@ -384,6 +386,45 @@ MUTANTS = (
         """            del found
 """,
         (EVENTS,),
+    ),
+    Mutant(
+        "PostgreSQL's group commit writes without the fence",
+        "storage/postgresql_flush.py",
+        """SELECT {event} FROM {source} WHERE {_ALIVE})")""",
+        """SELECT {event} FROM {source})")""",
+        (f"{FLUSH}::test_without_the_lease_nothing_is_written",),
+    ),
+    Mutant(
+        "PostgreSQL's group commit writes the states of others' instances",
+        "storage/postgresql_flush.py",
+        """{_FEW_FOR_THE_PLANNER} AND {_OWNER} = %s \"""",
+        """{_FEW_FOR_THE_PLANNER} AND %s IS NOT NULL \"""",
+        (f"{FLUSH}::test_an_instance_of_somebody_else_fails_all_of_it",),
+    ),
+    Mutant(
+        "what the loop has sent counts as refused when its connection breaks",
+        "storage/postgresql.py",
+        """            batch.is_unsure = True
+""",
+        """            pass
+""",
+        (f"{FLIGHT}::test_connection_that_breaks_on_the_way_leaves_it_unsure",),
+    ),
+    Mutant(
+        "the thread uses a connection that it has lent",
+        "storage/threads.py",
+        """        loan.finish()
+""",
+        """        self.give_back()
+""",
+        (f"{FLIGHT}::test_thread_finishes_what_a_blocked_loop_has_begun",),
+    ),
+    Mutant(
+        "the loop uses a connection that the thread uses",
+        "storage/threads.py",
+        """if self._unfinished or self._loan""",
+        """if self._loan""",
+        (f"{FLIGHT}::test_thread_that_is_busy_writes_itself",),
     ),
 )  # fmt: skip
 """In the order of the seed of all trouble: leases, mail, replay, claims, and what is asked of instances from outside."""
