@@ -358,13 +358,22 @@ class Writer:
 
     def _post(self, batch: Batch, done: Future[None]) -> None:
         """From the store's thread, if it was one, back to the loop."""
-        if threading.get_ident() == self._thread_id:
+        if self._is_on_loop():
             self._flushed(batch, done.exception())
             return
         try:
             self._loop.call_soon_threadsafe(self._flushed, batch, done.exception())
         except RuntimeError:
             logger.debug("the event loop closed before a flush ended")
+
+    def _is_on_loop(self) -> bool:
+        """Whether this is a callback of the loop; not one of its tasks, for instances enter tasks of their own."""
+        if threading.get_ident() != self._thread_id:
+            return False
+        try:
+            return asyncio.current_task() is None
+        except RuntimeError:  # the loop does not run
+            return False
 
     def _flushed(self, batch: Batch, error: BaseException | None) -> None:
         if self.stopped_by is not None:
