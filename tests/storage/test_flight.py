@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextvars import ContextVar
+from enum import Enum
 from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import make_url
 
-from romancy import DatabaseError, DatabaseUnavailableError
+from romancy import (
+    App,
+    DatabaseError,
+    DatabaseLockedError,
+    DatabaseUnavailableError,
+    WorkflowContext,
+    activity,
+    workflow,
+)
 from romancy.errors import FencedError
 from romancy.storage import database as database_module
+from romancy.storage import postgresql as postgresql_module
 from romancy.storage import threads as threads_module
 from romancy.storage.address import parse_address
 from romancy.storage.batch import Batch, Party
@@ -221,18 +235,231 @@ async def test_connection_that_breaks_on_the_way_leaves_it_unsure(store: Postgre
     await landed(departed(store, batch_of(start("two"))))
 
 
+def hang_up(url: str) -> None:
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> "
+    rows(url, others + "pg_backend_pid()")
+
+
 async def test_server_that_hangs_up_between_two_is_noticed(store: PostgresqlStore, url: str) -> None:
     await landed(departed(store, batch_of(start("one"))))
-    rows(
-        url,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = "
-        "current_database()",
-    )
+    hang_up(url)
     batch = batch_of(start("two"))
     with pytest.raises(DatabaseUnavailableError):
         await landed(departed(store, batch))
     await landed(store.flush(batch, ME))
     assert stored(url) == ["one", "two"]
+
+
+async def test_commit_that_fails_after_its_row_is_told(store: PostgresqlStore, url: str) -> None:
+    execute(url, "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'no'; END$$")
+    execute(
+        url,
+        "CREATE CONSTRAINT TRIGGER refusing AFTER INSERT ON romancy_instances DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    try:
+        with pytest.raises(DatabaseError, match="no CONTEXT"):
+            await landed(departed(store, batch_of(start("one"))))
+        assert stored(url) == []
+    finally:
+        execute(url, "DROP TRIGGER refusing ON romancy_instances")
+        execute(url, "DROP FUNCTION refuse()")
+
+
+async def test_lock_is_waited_for_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgresql_module, "MOST_LOCK_WAIT_S", 0.6)
+    with opened(url) as store, locked_worker(url):
+        began = time.monotonic()
+        with pytest.raises(DatabaseLockedError):
+            await landed(departed(store, batch_of(start("one"))))
+        assert time.monotonic() - began < 1.1
+
+
+@pytest.mark.parametrize("is_blocked", [False, True])
+async def test_connection_that_breaks_while_there_is_more_to_send(
+    store: PostgresqlStore, url: str, is_blocked: bool
+) -> None:
+    narrow(store)
+    batch = batch_of(start("large", "x" * LARGE))
+    outcome = departed(store, batch)
+    assert has_more_to_send(store)
+    link_of(store).line.cut()
+    if is_blocked:
+        store._write(lambda link: None).result(RESULT_TIMEOUT_S)
+    with pytest.raises(DatabaseUnavailableError):
+        await landed(outcome)
+    assert batch.is_unsure
+    await landed(store.flush(batch, ME))
+    assert stored(url) == ["large"]
+
+
+async def test_connection_that_was_lost_without_a_word_is_made_anew(store: PostgresqlStore, url: str) -> None:
+    """Where a hint fails, nobody is told."""
+    link_of(store).line.cut()
+    store.tell_others().result(RESULT_TIMEOUT_S)
+    batch = batch_of(start("one"))
+    await landed(store.flush(batch, ME))
+    await landed(departed(store, batch_of(start("two"))))
+    assert stored(url) == ["one", "two"]
+
+
+async def test_server_that_has_hung_up_while_the_loop_is_busy(store: PostgresqlStore, url: str) -> None:
+    await landed(departed(store, batch_of(start("one"))))
+    hang_up(url)
+    time.sleep(0.1)
+    outcome = departed(store, batch_of(start("two")))
+    assert store._write(lambda link: 7).result(RESULT_TIMEOUT_S) == 7
+    with pytest.raises(DatabaseUnavailableError):
+        await landed(outcome)
+
+
+async def test_descriptor_of_a_lost_connection_may_be_anothers_by_then(
+    store: PostgresqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread closes it; and in the same turn of the loop somebody opens a pipe."""
+
+    def connect() -> Link:
+        raise DatabaseUnavailableError("it is down")
+
+    loop = asyncio.get_running_loop()
+    outcome = departed(store, batch_of(start("one")))
+    descriptor = link_of(store).descriptor()
+    monkeypatch.setattr(thread_of(store), "_connect", connect)
+    link_of(store).line.cut()
+    with pytest.raises(DatabaseUnavailableError):
+        store._write(lambda link: None).result(RESULT_TIMEOUT_S)
+    pipes: list[int] = []
+    while descriptor not in pipes:
+        pipes += os.pipe()
+    heard = asyncio.Event()
+    loop.add_reader(descriptor, heard.set)
+    os.write(pipes[pipes.index(descriptor) + 1], b"x")
+    with pytest.raises(DatabaseUnavailableError):
+        await landed(outcome)
+    async with asyncio.timeout(RESULT_TIMEOUT_S):
+        await heard.wait()
+    assert loop.remove_reader(descriptor)
+    for end in pipes:
+        os.close(end)
+
+
+async def test_activities_have_nobodys_context(url: str) -> None:
+    """Not even that of the request which happened to send the commit that told of the lost lease."""
+    who: ContextVar[str] = ContextVar("who", default="nobody")
+    seen: set[str] = set()
+
+    @activity
+    async def look() -> None:
+        seen.add(who.get())
+
+    @workflow
+    async def flow(ctx: WorkflowContext) -> None:
+        await look()
+        seen.add(who.get())
+
+    async def request(app: App) -> None:
+        who.set("request")
+        await (await app.start_workflow(flow)).result(RESULT_TIMEOUT_S)
+
+    def worker_of(app: App) -> str | None:
+        return None if app._life.worker is None else app._life.worker.worker_id
+
+    async with App(url, lease_ttl=30) as app:
+        await asyncio.create_task(request(app))
+        before = worker_of(app)
+        execute(url, "UPDATE romancy_workers SET state = 'dead'")
+        last = asyncio.create_task(request(app))
+        async with asyncio.timeout(RESULT_TIMEOUT_S):
+            while worker_of(app) in (before, None):
+                await asyncio.sleep(0.01)
+            await (await app.start_workflow(flow)).result()
+        last.cancel()
+    assert seen == {"nobody"}
+
+
+class HalfCloser:
+    """A proxy that reads no more, then says that it will write no more."""
+
+    def __init__(self, server: tuple[str, int]) -> None:
+        self._server = server
+        self._clients: list[socket.socket] = []
+        self._is_over = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def half_close(self) -> None:
+        self._is_over.set()
+        for client in self._clients:
+            client.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.close()
+        for client in self._clients:
+            client.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+                server = socket.create_connection(self._server)
+                self._clients.append(client)
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass, args=ends, daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while not self._is_over.is_set() and (data := source.recv(4_096)):
+                target.sendall(data)
+
+
+@pytest.mark.parametrize("is_blocked", [False, True])
+async def test_server_that_says_no_more_while_there_is_more_to_send(url: str, is_blocked: bool) -> None:
+    """The driver raises when it sends, not when it receives."""
+    parts = make_url(url)
+    proxy = HalfCloser((parts.host or "127.0.0.1", parts.port or 5432))
+    with contextlib.closing(proxy):
+        through = parts.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+        with opened(through) as store:
+            narrow(store)
+            outcome = departed(store, batch_of(start("large", "x" * 4 * LARGE)))
+            assert has_more_to_send(store)
+            proxy.half_close()
+            if is_blocked:
+                with pytest.raises(DatabaseError):
+                    store._write(lambda link: link.execute("SELECT 7")).result(RESULT_TIMEOUT_S)
+            with pytest.raises(DatabaseUnavailableError):
+                await landed(outcome)
+            assert thread_of(store)._thread.is_alive()
+
+
+async def test_id_of_a_kind_of_its_own_is_its_text(store: PostgresqlStore, url: str) -> None:
+    class Name(str, Enum):  # noqa: UP042 - it says something else of itself than what it holds
+        FIRST = "first"
+        LAST = "last"
+
+    await landed(departed(store, batch_of(start(Name.FIRST))))
+    await landed(departed(store, batch_of(start(Name.LAST), *(start(f"{n}") for n in range(5)))))
+    assert {"first", "last"} < set(stored(url))
+
+
+async def test_statements_that_somebody_has_discarded_are_prepared_again(store: PostgresqlStore, url: str) -> None:
+    def count(link: Link) -> int:
+        asked = "SELECT count(*) FROM pg_prepared_statements WHERE starts_with(name, 'romancy')"
+        return int(link.execute(asked).fetchone()[0])
+
+    for number in range(3 * PREPARE_AFTER):
+        batch = batch_of(start(f"{number:02}"))
+        await landed(store.flush(batch, ME))
+        assert batch.inserted == {f"{number:02}"}
+        if number == PREPARE_AFTER:
+            assert store._write(count).result(RESULT_TIMEOUT_S) == 1
+            store._write(lambda link: link.execute("DEALLOCATE ALL")).result(RESULT_TIMEOUT_S)
+            assert store._write(count).result(RESULT_TIMEOUT_S) == 0
+        store._write(lambda link: None).result(RESULT_TIMEOUT_S)
+    assert store._write(count).result(RESULT_TIMEOUT_S) == 1
+    assert len(stored(url)) == 3 * PREPARE_AFTER
 
 
 async def test_statements_sent_again_and_again_are_prepared(store: PostgresqlStore) -> None:
@@ -261,6 +488,15 @@ async def test_loop_that_can_watch_no_sockets_has_the_thread(
     for name in ("one", "two"):
         await landed(store.flush(batch_of(start(name)), ME))
     assert stored(url) == ["one", "two"]
+
+
+async def test_closing_while_a_statement_wants_to_be_prepared(url: str) -> None:
+    with opened(url) as store:
+        for number in range(PREPARE_AFTER - 1):
+            await landed(departed(store, batch_of(start(f"i{number}"))))
+        outcome = departed(store, batch_of(start("last")))
+        store.close()  # the loop stands still, and the thread finishes
+        await landed(outcome)
 
 
 async def test_closing_waits_for_the_answer_and_not_for_ever(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,24 @@ async def test_much_is_sent_before_the_turn_is_over_where_the_database_works_bes
     assert [batch.row_count for batch, _ in store.batches] == sent
 
 
+async def test_flush_that_can_not_even_begin_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FakeStore()
+    writer, stopped = make(store)
+
+    def refuse(*_: Any) -> Future[None]:
+        monkeypatch.undo()
+        raise DatabaseLockedError("not now")
+
+    monkeypatch.setattr(store, "flush", refuse)
+    ticket = writer.record(Member(), event(1))
+    while not store.batches:
+        await asyncio.sleep(0.001)
+    store.batches[0][1].set_result(None)
+    await turns()
+    assert writer.committed == ticket
+    assert not stopped
+
+
 async def test_what_comes_in_one_turn_of_the_loop_shares_a_commit() -> None:
     store = FakeStore()
     writer, _ = make(store)

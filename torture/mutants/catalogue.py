@@ -404,18 +404,17 @@ MUTANTS = (
     Mutant(
         "what the loop has sent counts as refused when its connection breaks",
         "storage/postgresql.py",
-        """            batch.is_unsure = True
+        """        batch.is_unsure = is_lost(error)
 """,
-        """            pass
-""",
+        "",
         (f"{FLIGHT}::test_connection_that_breaks_on_the_way_leaves_it_unsure",),
     ),
     Mutant(
         "the thread uses a connection that it has lent",
         "storage/threads.py",
-        """        loan.finish()
+        """            loan.finish()
 """,
-        """        self.give_back()
+        """            self.give_back()
 """,
         (f"{FLIGHT}::test_thread_finishes_what_a_blocked_loop_has_begun",),
     ),

@@ -6,10 +6,13 @@ To hand a statement to a thread, and to hear from it, takes longer than what a s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import selectors
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from typing import Any, Generic, Protocol, TypeVar
 
 from romancy.storage.threads import ConnectionThread
@@ -77,6 +80,7 @@ class Flight(Generic[L]):
         self._lock = threading.Lock()
         self._answer: tuple[Any, ...] | BaseException | None = None
         self._has_writer = False
+        self._is_sent = False
 
     def depart(self, sql: str, values: Sequence[str | None]) -> bool:
         """Send the statement, if the connection can be had now; else nothing is done."""
@@ -85,39 +89,47 @@ class Flight(Generic[L]):
             if link is None:
                 return False
             self._link = link
-            self._descriptor = link.descriptor()
             try:
-                self._loop.add_reader(self._descriptor, self._look)
-            except NotImplementedError as error:  # so is asyncio's loop on Windows
+                # One of our own, for the thread may close the connection's before the loop has let go of it.
+                self._descriptor = os.dup(link.descriptor())
+                self._watch(self._loop.add_reader)
+            except Exception as error:  # lost already; or a loop that can watch no sockets, as asyncio's on Windows
                 self._note(error)
+                self._leave()
                 return False
             try:
                 link.send(sql, values)
-                is_sent = link.is_sent()
+                if not link.is_sent():
+                    self._watch(self._loop.add_writer)
+                    self._has_writer = True
             except Exception as error:
                 self._note(error)
-                self._loop.call_soon(self._land)
-                return True
-            if not is_sent:
-                self._has_writer = True
-                self._loop.add_writer(self._descriptor, self._look)
+                Context().run(self._loop.call_soon, self._land)
             return True
 
     def finish(self) -> None:
         """See :class:`romancy.storage.threads.Loan`. The loop has been busy with something else, or the server has."""
-        with self._lock, selectors.DefaultSelector() as selector:
+        with self._lock:
             if self._answer is not None:
                 return
-            selector.register(self._descriptor, selectors.EVENT_READ)
-            while not self._is_complete():
-                is_sent = self._link.is_sent()
-                wanted = selectors.EVENT_READ if is_sent else selectors.EVENT_READ | selectors.EVENT_WRITE
-                selector.modify(self._descriptor, wanted)
-                selector.select(LONGEST_LOOK_S)
+            self._wait()
         try:
             self._loop.call_soon_threadsafe(self._land)
         except RuntimeError:
             logger.debug("the event loop closed before a flush ended")
+            os.close(self._descriptor)
+
+    def _wait(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._descriptor, selectors.EVENT_READ)
+            while not self._is_complete():
+                wanted = selectors.EVENT_READ if self._is_sent else selectors.EVENT_READ | selectors.EVENT_WRITE
+                selector.modify(self._descriptor, wanted)
+                selector.select(LONGEST_LOOK_S)
+
+    def _watch(self, add: Callable[[int, Callable[[], None]], None]) -> None:
+        # What comes of it is nobody's in particular: not that of whoever happened to send it.
+        Context().run(add, self._descriptor, self._look)
 
     def _look(self) -> None:
         """On the loop: there is something to read, or room to write."""
@@ -126,17 +138,19 @@ class Flight(Generic[L]):
         try:
             if self._answer is not None:
                 return
-            if self._has_writer and self._link.is_sent():
-                self._has_writer = False
-                self._loop.remove_writer(self._descriptor)
             if not self._is_complete():
+                if self._has_writer and self._is_sent:
+                    self._has_writer = False
+                    self._loop.remove_writer(self._descriptor)
                 return
         finally:
             self._lock.release()
         self._land()
 
     def _is_complete(self) -> bool:
+        """Send and receive what can be without waiting."""
         try:
+            self._is_sent = self._link.is_sent()
             answer = self._link.receive()
         except Exception as error:
             self._note(error)
@@ -153,8 +167,15 @@ class Flight(Generic[L]):
         self._thread.give_back(is_lost=is_lost)
 
     def _land(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        if self._has_writer:
-            self._loop.remove_writer(self._descriptor)
+        self._leave()
         assert self._answer is not None
         self._on_landed(self._link, self._answer)
+
+    def _leave(self) -> None:
+        if self._descriptor >= 0:
+            with contextlib.suppress(NotImplementedError):
+                self._loop.remove_reader(self._descriptor)
+            if self._has_writer:
+                self._loop.remove_writer(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1

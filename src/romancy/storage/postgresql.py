@@ -18,7 +18,7 @@ from romancy.errors import ConfigurationError, DatabaseError, DatabaseUnsafeErro
 from romancy.storage.address import ServerAddress
 from romancy.storage.batch import Batch, Party, Written
 from romancy.storage.database import fenced
-from romancy.storage.failures import database_error, is_beyond_use, is_lost
+from romancy.storage.failures import database_error, is_beyond_use, is_driver_error, is_lost, is_row_error
 from romancy.storage.flight import Flight
 from romancy.storage.listener import HINT, Listener, SelfTest
 from romancy.storage.mail import Closing, Mail, Operation, Post, Receipt
@@ -34,7 +34,7 @@ try:
     import psycopg
     from psycopg.pq import TransactionStatus
 
-    from romancy.storage.postgresql_link import PLANNING, PREPARE_AFTER, PostgresqlLink
+    from romancy.storage.postgresql_link import NOT_PREPARED, PLANNING, PREPARE_AFTER, PostgresqlLink
 except ImportError as error:
     raise ConfigurationError(
         f"PostgreSQL needs its driver: pip install 'romancy[postgresql]' (import psycopg says: {error})"
@@ -232,10 +232,10 @@ class PostgresqlStore(ServerStore):
         return self._note_written(link, rows, worker_id, inserted, is_alive=is_alive)
 
     def _flush_on_loop(self, batch: Batch, worker_id: str | None) -> Future[None] | None:
-        loop = _running_loop()
+        loop, thread = _running_loop(), self._writer
         ends = [operation for party in batch.waiting for operation in party.mail]
         # A hint to others would be one more statement.
-        if loop is None or batch.makes_work or self._writer is None or not self._is_one_statement(batch.waiting, ends):
+        if loop is None or batch.makes_work or thread is None or not self._is_one_statement(batch.waiting, ends):
             return None
         parties = len(batch.waiting)
         rows = _rows_of(batch.waiting, ends)
@@ -257,13 +257,14 @@ class PostgresqlStore(ServerStore):
                 return
             batch.note(parties, Written(keyed))
             if link.needs_care:
-                self._write(_take_care)
+                with contextlib.suppress(DatabaseError):  # it may have been closed meanwhile
+                    self._write(_take_care)
             outcome.set_result(None)
 
-        return outcome if Flight(loop, self._writer, is_beyond_use, land).depart(sql, values) else None
+        return outcome if Flight(loop, thread, is_beyond_use, land).depart(sql, values) else None
 
     def _flush_again(self, batch: Batch, worker_id: str | None, error: BaseException, outcome: Future[None]) -> None:
-        """A statement has failed: nothing of it is durable; or its connection has, and nobody knows."""
+        """A statement has failed, so nothing of it is durable; or its connection has, and nobody knows."""
 
         def end(done: Future[None]) -> None:
             failure = done.exception()
@@ -272,14 +273,14 @@ class PostgresqlStore(ServerStore):
             else:
                 outcome.set_exception(failure)
 
-        if is_lost(error):
-            batch.is_unsure = True
-            outcome.set_exception(database_error(error, self.name))
+        if is_row_error(error) or getattr(error, "sqlstate", None) in NOT_PREPARED:
+            try:
+                self._flush_on_thread(batch, worker_id).add_done_callback(end)
+            except DatabaseError as closed:
+                outcome.set_exception(closed)
             return
-        try:
-            self._flush_on_thread(batch, worker_id).add_done_callback(end)
-        except DatabaseError as closed:
-            outcome.set_exception(closed)
+        batch.is_unsure = is_lost(error)
+        outcome.set_exception(database_error(error, self.name) if is_driver_error(error) else error)
 
     def _fence_of(self, worker_id: str | None) -> Fence:
         return self._client_fence if worker_id is None else Fence(self._worker_fence, worker_id)

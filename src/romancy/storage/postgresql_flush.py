@@ -7,6 +7,7 @@ way is as cheap for both the driver and the server.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -92,7 +93,7 @@ def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[s
     given: list[list[str | None]]
     if sum(map(len, tables)) <= FEW:
         given = [
-            [value if value is None or type(value) is str else str(value) for row in table for value in row]
+            [value if value is None or isinstance(value, str) else str(value) for row in table for value in row]
             for table in tables
         ]
         shape = Shape._make([*map(len, tables), len(rows.closed) and MANY])
@@ -115,7 +116,7 @@ def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[s
 
 def new_starts(found: str | None) -> set[str]:
     """The ids of the new keyed starts, from what the statement says of them."""
-    return set(found.split(BETWEEN_VALUES)) if found is not None else set()
+    return set(json.loads(found)) if found is not None else set()
 
 
 def _as_array(texts: Sequence[str]) -> str:
@@ -128,7 +129,7 @@ def _in_one(table: Sequence[Sequence[object]]) -> str:
     text = BETWEEN_ROWS.join(
         [
             BETWEEN_VALUES.join(
-                [NULL if value is None else value if type(value) is str else str(value) for value in row]
+                [NULL if value is None else value if isinstance(value, str) else str(value) for value in row]
             )
             for row in table
         ]
@@ -179,7 +180,7 @@ def _statement(fence: str, shape: Shape) -> str:
             f"keyed AS (INSERT INTO {instances.name} ({start}) SELECT {start} FROM {source} WHERE {_ALIVE} "
             f"ON CONFLICT (instance_id) DO NOTHING RETURNING instance_id)"
         )
-        inserted = f"(SELECT string_agg(instance_id, {_char(BETWEEN_VALUES)}) FROM keyed)"
+        inserted = "(SELECT CAST(json_agg(instance_id) AS text) FROM keyed)"
     if shape.events:
         source = _source(HistoryRow._fields, shape.events)
         parts.append(f"events AS (INSERT INTO {history.name} ({event}) SELECT {event} FROM {source} WHERE {_ALIVE})")

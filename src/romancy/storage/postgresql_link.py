@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 PREPARE_AFTER = 5
 """Executions after which the driver lets the server keep a statement's plan."""
 
+NOT_PREPARED = ("26000", "0A000")
+"""There is no such statement (the driver discards what is prepared after some errors, and so may a pooler), or what it
+gives has changed; https://www.postgresql.org/docs/current/errcodes-appendix.html."""
+
 PLANNING = ("SET plan_cache_mode = force_generic_plan", "SET enable_seqscan = off", "SET jit = off")
 """Statements are planned for any values, and by indexes: tables may be all but empty when it's done."""
 
@@ -47,6 +51,7 @@ class PostgresqlLink(ServerLink):
         self._uses: dict[str, int] = {}
         self._prepared: dict[str, bytes] = {}
         self._to_prepare: list[str] = []
+        self._named = 0
         self._received: PGresult | None = None
         self._grown_by = 0
         self._plans_serve = PLANS_SERVE
@@ -127,12 +132,18 @@ class PostgresqlLink(ServerLink):
         while not pgconn.is_busy():
             result = pgconn.get_result()
             if result is not None:
-                self._received = self._received or result
+                # The commit comes after the row, and may fail.
+                if self._received is None or self._received.status == ExecStatus.TUPLES_OK:
+                    self._received = result
                 continue
             if self._received is None or pgconn.status == ConnStatus.BAD:
                 raise psycopg.OperationalError(f"the connection is lost: {pgconn.get_error_message()}")
             if self._received.status != ExecStatus.TUPLES_OK:
-                raise psycopg.errors.error_from_result(self._received, encoding=self._encoding or "utf-8")
+                error = psycopg.errors.error_from_result(self._received, encoding=self._encoding or "utf-8")
+                if error.sqlstate in NOT_PREPARED:
+                    self._prepared.clear()
+                    self._uses.clear()
+                raise error
             return tuple(self._text_of(self._received.get_value(0, column)) for column in range(self._received.nfields))
         return None
 
@@ -154,9 +165,14 @@ class PostgresqlLink(ServerLink):
         """Let the server keep the plans of statements that are sent again and again, and make old plans anew."""
         while self._to_prepare:
             sql = self._to_prepare.pop()
-            name = f"romancy_{len(self._prepared)}"
-            self.execute(f"PREPARE {name} AS {_numbered(sql).decode()}")
-            self._prepared[sql] = name.encode()
+            self._named += 1
+            name = f"romancy_{self._named}".encode()
+            with answered_within(self.line, self._patience_s):
+                # Not by a statement PREPARE, of which poolers know nothing.
+                result = self.connection.pgconn.prepare(name, _numbered(sql))
+            if result.status != ExecStatus.COMMAND_OK:
+                raise psycopg.errors.error_from_result(result, encoding=self._encoding or "utf-8")
+            self._prepared[sql] = name
         if self._is_plan_due():
             self._plan_anew()
 

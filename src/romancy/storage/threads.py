@@ -6,6 +6,7 @@ While the thread has nothing to do, the connection may be lent to the event loop
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from romancy.errors import DatabaseError
+
+logger = logging.getLogger("romancy.storage")
 
 T = TypeVar("T")
 
@@ -117,6 +120,8 @@ class ConnectionThread:
 
     def end(self) -> None:
         """Let the queued jobs end, then close the connection and the thread."""
+        with self._changed:
+            self._unfinished += 1
         self._jobs.put(None)
 
     def has_ended(self, timeout_s: float) -> bool:
@@ -184,7 +189,11 @@ class ConnectionThread:
             loan = self._loan
             if loan is None or self._changed.wait_for(lambda: self._loan is None, LONGEST_LOAN_S):
                 return
-        loan.finish()
+        try:
+            loan.finish()
+        except Exception:
+            logger.exception("what was begun on a lent connection could not be finished")
+            self.give_back(is_lost=True)
 
 
 def _close(link: Link) -> None:

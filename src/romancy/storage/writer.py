@@ -353,7 +353,12 @@ class Writer:
     def _send(self, batch: Batch) -> None:
         if self.stopped_by is not None:
             return
-        outcome = self._store.flush(batch, self._worker_id)
+        try:
+            outcome = self._store.flush(batch, self._worker_id)
+        except Exception as error:
+            # Who has caused it, by the last row or the first, is in the middle of something else.
+            self._loop.call_soon(self._flushed, batch, error)
+            return
         outcome.add_done_callback(lambda done: self._post(batch, done))
 
     def _post(self, batch: Batch, done: Future[None]) -> None:
