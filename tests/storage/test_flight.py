@@ -314,7 +314,7 @@ async def test_server_that_has_hung_up_while_the_loop_is_busy(store: PostgresqlS
 
 
 async def test_descriptor_of_a_lost_connection_may_be_anothers_by_then(
-    store: PostgresqlStore, monkeypatch: pytest.MonkeyPatch
+    store: PostgresqlStore, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread closes it; and in the same turn of the loop somebody opens a pipe."""
 
@@ -322,12 +322,13 @@ async def test_descriptor_of_a_lost_connection_may_be_anothers_by_then(
         raise DatabaseUnavailableError("it is down")
 
     loop = asyncio.get_running_loop()
-    outcome = departed(store, batch_of(start("one")))
-    descriptor = link_of(store).descriptor()
-    monkeypatch.setattr(thread_of(store), "_connect", connect)
-    link_of(store).line.cut()
-    with pytest.raises(DatabaseUnavailableError):
-        store._write(lambda link: None).result(RESULT_TIMEOUT_S)
+    with locked_worker(url):
+        outcome = departed(store, batch_of(start("one")))
+        descriptor = link_of(store).descriptor()
+        monkeypatch.setattr(thread_of(store), "_connect", connect)
+        link_of(store).line.cut()
+        with pytest.raises(DatabaseUnavailableError):
+            store._write(lambda link: None).result(RESULT_TIMEOUT_S)
     pipes: list[int] = []
     while descriptor not in pipes:
         pipes += os.pipe()
