@@ -45,7 +45,7 @@ from tests.databases import clean, execute, rows
 from tests.support import RESULT_TIMEOUT_S
 
 ME = "me"
-LARGE = 6_000_000
+LARGE = 2_000_000
 """Characters; no small socket takes so many at once."""
 
 
@@ -220,7 +220,8 @@ async def test_connection_that_breaks_on_the_way_leaves_it_unsure(store: Postgre
     batch = batch_of(start("one"))
     with locked_worker(url):
         outcome = departed(store, batch)
-        others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = "
+        others += "current_database()"
         async with asyncio.timeout(RESULT_TIMEOUT_S):
             while rows(url, others) == []:
                 await asyncio.sleep(0.01)
@@ -391,6 +392,7 @@ class HalfCloser:
 
     def half_close(self) -> None:
         self._is_over.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
         for client in self._clients:
             client.shutdown(socket.SHUT_WR)
 
@@ -424,7 +426,7 @@ async def test_server_that_says_no_more_while_there_is_more_to_send(url: str, is
         through = parts.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         with opened(through) as store:
             narrow(store)
-            outcome = departed(store, batch_of(start("large", "x" * 4 * LARGE)))
+            outcome = departed(store, batch_of(start("large", "x" * 12 * LARGE)))
             assert has_more_to_send(store)
             proxy.half_close()
             if is_blocked:
