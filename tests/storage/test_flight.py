@@ -473,6 +473,13 @@ async def test_statements_sent_again_and_again_are_prepared(store: PostgresqlSto
     assert store._write(lambda link: link.execute(asked).fetchone()).result(RESULT_TIMEOUT_S) == (1,)
 
 
+async def test_statements_are_prepared_at_once_where_that_is_asked_for(url: str) -> None:
+    asked = "SELECT count(*) FROM pg_prepared_statements WHERE starts_with(name, 'romancy')"
+    with opened(f"{url}?prepare_threshold=0") as store:
+        await landed(departed(store, batch_of(start("one"))))
+        assert store._write(lambda link: link.execute(asked).fetchone()).result(RESULT_TIMEOUT_S) == (1,)
+
+
 async def test_nothing_is_prepared_where_that_is_switched_off(url: str) -> None:
     asked = "SELECT count(*) FROM pg_prepared_statements"
     with opened(f"{url}?prepare_threshold=none") as store:

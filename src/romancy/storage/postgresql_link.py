@@ -117,8 +117,9 @@ class PostgresqlLink(ServerLink):
             self.connection.pgconn.send_query_prepared(name, encoded)
             return
         self.connection.pgconn.send_query_params(_numbered(sql), encoded)
+        threshold = self.connection.prepare_threshold
         uses = self._uses[sql] = self._uses.get(sql, 0) + 1
-        if uses == self.connection.prepare_threshold:
+        if threshold is not None and uses == max(threshold, 1):
             self._to_prepare.append(sql)
 
     def is_sent(self) -> bool:
