@@ -103,6 +103,14 @@ MUTANTS = (
         """        self.insert(deliveries.name, Delivery._fields, met)
         self.post.deliveries += met""",
         """        self.post.deliveries += met""",
+        (DESK,),
+    ),
+    Mutant(
+        "what meets a wait that was there is told, but not stored",
+        "storage/mail_desk.py",
+        """                *self._insertion(deliveries.name, Delivery._fields, met, ignore=False),
+""",
+        "",
         (f"{EVENTS}::test_waiting_instance_goes_on_after_a_restart[sqlite]",),
     ),
     Mutant(
