@@ -77,7 +77,7 @@ def contents(url: str) -> dict[str, list[tuple[Any, ...]]]:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    texts=st.lists(st.none() | TEXTS, min_size=1, max_size=6),
+    texts=st.lists(st.none() | st.just("None") | TEXTS, min_size=1, max_size=6),
     number=NUMBERS,
     is_empty=st.booleans(),
 )
@@ -169,12 +169,32 @@ def test_an_instance_of_somebody_else_fails_all_of_it(
     assert contents(postgresql_url) == before
 
 
-@pytest.mark.parametrize("char", ["\x1d", "\x1e", "\x1f"])
+@pytest.mark.parametrize("char", ["\x1e", "\x1f"])
 def test_what_stands_between_values_can_be_no_part_of_them(char: str) -> None:
     """It would shift all that comes after it; names with control characters are refused where they come in."""
     rows = nothing(events=[event("i", n, result=f"a{char}b") for n in range(FEW + 1)])
     with pytest.raises(UnicodeError, match="control characters"):
         flush_statement(Fence("SELECT 1"), rows, 1)
+
+
+def test_what_stands_for_a_missing_value_can_be_no_part_of_others() -> None:
+    rows = nothing(events=[event("i", n, name="None", result="a\x1db") for n in range(FEW + 1)])
+    with pytest.raises(UnicodeError, match="control characters"):
+        flush_statement(Fence("SELECT 1"), rows, 1)
+
+
+@pytest.mark.parametrize("count", [1, FEW + 1])
+def test_the_word_none_is_a_text_like_others(link: Link, postgresql_url: str, count: int) -> None:
+    """Missing values are written so, in the texts where nothing else is."""
+    fence, ids = worker_fence(postgresql_url), ["None", *map(str, range(1, count))]
+    starts = [start(i, workflow_name="None") for i in ids]
+    events = [event(i, operation_id="None", name="None:1", result='"None"') for i in ids]
+    assert flush(link, fence, nothing(keyed_starts=starts, events=events)) == (True, set(ids))
+    assert flush(link, fence, nothing(states=[state(i) for i in ids])) == (True, set())
+    found = rows_in(postgresql_url, f"SELECT {', '.join(HistoryRow._fields)} FROM romancy_history")
+    assert sorted((tuple(row) for row in found), key=repr) == sorted(map(tuple, events), key=repr)
+    ended = "SELECT instance_id, workflow_name, parent_id, result FROM romancy_instances WHERE status = 'completed'"
+    assert sorted(map(tuple, rows_in(postgresql_url, ended))) == [(i, "None", None, None) for i in sorted(ids)]
 
 
 def test_few_shapes_are_prepared() -> None:

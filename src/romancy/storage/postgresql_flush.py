@@ -8,7 +8,7 @@ way is as cheap for both the driver and the server.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -20,11 +20,14 @@ from romancy.storage.schema import deliveries, history, instances, mail, subscri
 FEW = 3
 """So many rows, of all kinds, go as values. The driver takes much longer for more than 50 parameters."""
 
-MANY = -1
-"""In a shape: as one text."""
+MANY, MANY_WITH_A_NONE = -1, -2
+"""In a shape: as one text; the second where one of the rows holds what stands for a missing value in the first."""
 
-BETWEEN_VALUES, BETWEEN_ROWS, NULL = "\x1f", "\x1e", "\x1d"
+BETWEEN_VALUES, BETWEEN_ROWS = "\x1f", "\x1e"
 """No name and no JSON text holds a control character."""
+
+NULL = {MANY: str(None), MANY_WITH_A_NONE: "\x1d"}
+"""What stands for a missing value: what Python writes by itself, in no time, save where that could be misread."""
 
 MOST_TOGETHER = 64 * 1024 * 1024
 """Characters of a group commit in one statement; more are written in several."""
@@ -98,8 +101,9 @@ def flush_statement(fence: Fence, rows: Rows, parties: int) -> tuple[str, list[s
         ]
         shape = Shape._make([*map(len, tables), len(rows.closed) and MANY])
     else:
-        given = [[_in_one(table)] if table else [] for table in tables]
-        shape = Shape._make([MANY if table else 0 for table in rows])
+        texts = [_in_one(table) if table else None for table in tables]
+        given = [[] if text is None else [text[1]] for text in texts]
+        shape = Shape._make([*(0 if text is None else text[0] for text in texts), len(rows.closed) and MANY])
     starts, keyed_starts, events, states, receipts = given
     parameters: list[str | None] = [] if fence.worker_id is None else [fence.worker_id]
     parameters += [*starts, *keyed_starts, *events, *states]
@@ -124,23 +128,29 @@ def _as_array(texts: Sequence[str]) -> str:
     return '{"' + '","'.join(quoted) + '"}'
 
 
-def _in_one(table: Sequence[Sequence[object]]) -> str:
-    """Rows as one text."""
-    text = BETWEEN_ROWS.join(
-        [
-            BETWEEN_VALUES.join(
-                [NULL if value is None else value if isinstance(value, str) else str(value) for value in row]
-            )
-            for row in table
-        ]
-    )
+def _in_one(table: Sequence[tuple[object, ...]]) -> tuple[int, str]:
+    """Rows as one text, and how many that is in a shape."""
+    width, none = len(table[0]), NULL[MANY]
+    if [row for row in table if none in row]:
+        shape, null = MANY_WITH_A_NONE, NULL[MANY_WITH_A_NONE]
+        lines = [BETWEEN_VALUES.join([null if value is None else str(value) for value in row]) for row in table]
+    else:
+        shape, null = MANY, None
+        lines = [*map(_line_of(width), table)]
+    text = BETWEEN_ROWS.join(lines)
     if (
-        text.count(BETWEEN_VALUES) != len(table) * (len(table[0]) - 1)
+        text.count(BETWEEN_VALUES) != len(table) * (width - 1)
         or text.count(BETWEEN_ROWS) != len(table) - 1
-        or text.count(NULL) != sum(row.count(None) for row in table)
+        or (null is not None and text.count(null) != sum(row.count(None) for row in table))
     ):
         raise UnicodeError("a text holds one of the control characters U+001D, U+001E and U+001F: leave it out")
-    return text
+    return shape, text
+
+
+@cache
+def _line_of(width: int) -> Callable[[tuple[object, ...]], str]:
+    """Makes one text of so many values."""
+    return BETWEEN_VALUES.join(["%s"] * width).__mod__
 
 
 def _check_size(size: int, parties: int) -> None:
@@ -211,13 +221,14 @@ def _statement(fence: str, shape: Shape) -> str:
 def _source(fields: Sequence[str], count: int) -> str:
     """Where rows come from, as ``v``: so many values, or one text."""
     columns = ", ".join(fields)
-    if count != MANY:
+    if count not in NULL:
         typed = ", ".join(typed_mark(field) for field in fields)
         return f"(VALUES {', '.join([f'({typed})'] * count)}) AS v({columns})"
+    null = f"'{NULL[count]}'" if count == MANY else _char(NULL[count])
     values = ", ".join(f"CAST(a[{n}] AS {NOT_TEXT.get(field, 'text')})" for n, field in enumerate(fields, 1))
     # OFFSET 0: each row is taken apart once, not for each of its columns.
     return (
-        f"(SELECT {values} FROM (SELECT string_to_array(line, {_char(BETWEEN_VALUES)}, {_char(NULL)}) AS a "
+        f"(SELECT {values} FROM (SELECT string_to_array(line, {_char(BETWEEN_VALUES)}, {null}) AS a "
         f"FROM unnest(string_to_array(%s, {_char(BETWEEN_ROWS)})) AS line OFFSET 0) AS rows) AS v({columns})"
     )
 
