@@ -17,13 +17,12 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from romancy.errors import ConfigurationError, DefinitionError, DuplicateNameError
+from romancy.names import MAX_NAME, is_name, plain
 from romancy.retry import RetryPolicy, Seconds, as_seconds
 from romancy.signature import Signature
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-MAX_NAME = 200
 
 
 class WorkflowContextLike(Protocol):
@@ -152,13 +151,16 @@ class Activity(Generic[P, R]):
         Example:
             ``await charge.options(id="charge-deposit", retry=RetryPolicy.no_retry())(order)``
         """
-        if id is not None and not _is_name(id):
+        if id is not None and not is_name(id):
             raise DefinitionError(
                 f"{self.name}.options(id={id!r}): give a text of 1 to {MAX_NAME} characters without control characters"
             )
         retry = _checked_retry(f"{self.name}.options", retry)
         options = CallOptions(
-            id, retry, _checked_timeout("timeout", timeout), _checked_timeout("heartbeat_timeout", heartbeat_timeout)
+            None if id is None else plain(id),
+            retry,
+            _checked_timeout("timeout", timeout),
+            _checked_timeout("heartbeat_timeout", heartbeat_timeout),
         )
         return BoundActivity(self, options)
 
@@ -472,18 +474,9 @@ def _check_function(function: Any, kind: str) -> None:
 
 def _checked_name(name: str | None, function: Callable[..., Any]) -> str:
     chosen = function.__name__ if name is None else name
-    if not _is_name(chosen):
+    if not is_name(chosen):
         raise DefinitionError(f"{chosen!r} is no name: give 1 to {MAX_NAME} characters without control characters")
-    return chosen
-
-
-def _is_name(text: Any) -> bool:
-    """Whether the database can hold it as a name or an id."""
-    return (
-        isinstance(text, str)
-        and 1 <= len(text) <= MAX_NAME
-        and not any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in text)
-    )
+    return plain(chosen)
 
 
 def _checked_compensation(

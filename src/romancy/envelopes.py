@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
-from romancy.errors import ConfigurationError, SerializationError, text_of
+from romancy.errors import SerializationError, text_of
 from romancy.model import Event, Message, from_micros, to_micros
 from romancy.serde import PlainCodec, codec_for, load_json
 
 T = TypeVar("T")
-
-MAX_NAME = 200
 
 _plain = PlainCodec()
 _CONTAINERS = (dict, list, tuple, set, frozenset)
@@ -108,21 +106,6 @@ def read_message(body: str, annotation: Any) -> Message[Any]:
     if annotation is not None:
         data = decode_data(f"the data of a message of channel {channel!r}", json.dumps(data), annotation)
     return Message(message_id, channel, data, metadata, sender, from_micros(sent_us))
-
-
-def checked_name(what: str, name: Any, *, may_be_empty: bool = False) -> str:
-    """A name that the database can hold.
-
-    Raises:
-        ConfigurationError: it can't.
-    """
-    if may_be_empty and name is None:
-        return ""
-    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
-        raise ConfigurationError(f"{what}={name!r}: give a text of 1 to {MAX_NAME} characters")
-    if any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in name):
-        raise ConfigurationError(f"{what}={name!r} holds a control character: leave it out")
-    return name
 
 
 def checked_time(time: datetime | None, now_us: int) -> int:

@@ -6,7 +6,10 @@ import os
 import threading
 import time
 
-BLOCK_BYTES = 512
+from romancy.forks import process_id
+
+BLOCK = 64
+"""Random parts that are drawn together, for each draw costs."""
 
 
 class IdSource:
@@ -18,19 +21,32 @@ class IdSource:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last = 0
-        self._random = b""
+        self._millisecond = -1
+        self._head = ""
+        self._tails: list[str] = []
         self._process_id = 0
 
     def new_id(self) -> str:
         """A new id as text."""
         with self._lock:
             moment = time.time_ns() // 1_000_000 << 12
-            moment = self._last = max(moment, self._last + 1)
-            if not self._random or self._process_id != os.getpid():
-                # Drawn in blocks, for each call costs; and anew after a fork, or two processes would share it.
-                self._random, self._process_id = os.urandom(BLOCK_BYTES), os.getpid()
-            random, self._random = self._random[:8], self._random[8:]
-        millisecond, order = moment >> 12, moment & 0xFFF
-        tail = int.from_bytes(random, "big") & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
-        text = f"{millisecond:012x}7{order:03x}{tail:016x}"
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+            if moment <= self._last:
+                moment = self._last + 1
+            self._last = moment
+            millisecond = moment >> 12
+            if millisecond != self._millisecond:
+                self._millisecond = millisecond
+                self._head = f"{millisecond >> 16:08x}-{millisecond & 0xFFFF:04x}-7"
+            if not self._tails or self._process_id != process_id():
+                # Anew after a fork, or two processes would share them.
+                self._tails, self._process_id = _draw(), process_id()
+            return f"{self._head}{moment & 0xFFF:03x}-{self._tails.pop()}"
+
+
+def _draw() -> list[str]:
+    """The last two groups of some ids, of 62 random bits each."""
+    digits = os.urandom(8 * BLOCK).hex()
+    return [
+        f"{'89ab'[int(digits[at], 16) & 3]}{digits[at + 1 : at + 4]}-{digits[at + 4 : at + 16]}"
+        for at in range(0, 16 * BLOCK, 16)
+    ]

@@ -5,22 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from romancy.definitions import Workflow
-from romancy.errors import ConfigurationError, InstanceConflictError, SerializationError
+from romancy.errors import InstanceConflictError, SerializationError
 from romancy.model import Status
 from romancy.storage.rows import StartRow
-
-
-def checked_id(instance_id: str) -> str:
-    """An id of the user's, if it can be one.
-
-    Raises:
-        ConfigurationError: it can't.
-    """
-    if not isinstance(instance_id, str) or not 1 <= len(instance_id) <= 200:
-        raise ConfigurationError(f"id={instance_id!r}: give a text of 1 to 200 characters")
-    if any(ord(char) < 32 or 0xD800 <= ord(char) <= 0xDFFF for char in instance_id):
-        raise ConfigurationError(f"id={instance_id!r} holds a control character: leave it out")
-    return instance_id
 
 
 def pending_row(instance_id: str, definition: Workflow[..., Any], text: str, now: int) -> StartRow:

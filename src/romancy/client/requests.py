@@ -10,8 +10,8 @@ from romancy.context.activity import check_no_open_transaction
 from romancy.errors import InstanceStateError
 from romancy.lifecycle import Lifecycle
 from romancy.model import Instance, Status
+from romancy.names import checked_name
 from romancy.serde import dump_plain
-from romancy.starting import checked_id
 from romancy.storage.again import Fork
 from romancy.storage.mail import CANCEL, SUSPEND
 from romancy.storage.posting import request_mail
@@ -57,7 +57,7 @@ class Requests:
         self._check("retry an instance")
         life = self._life
         try:
-            await asyncio.wrap_future(life.store.retry(checked_id(instance_id), life.clock.now_us()))
+            await asyncio.wrap_future(life.store.retry(checked_name("id", instance_id), life.clock.now_us()))
         finally:
             life.outcomes.forget(instance_id)  # also where the answer was lost: it may go on
         life.hint_worker()
@@ -66,9 +66,9 @@ class Requests:
         """Returns the id of the new instance; see :meth:`romancy.App.fork`."""
         self._check("fork an instance")
         life = self._life
-        new_id = life.ids.new_id() if id is None else checked_id(id)
+        new_id = life.ids.new_id() if id is None else checked_name("id", id)
         mail_ids = iter(life.ids.new_id, None)
-        asked = Fork(checked_id(instance_id), from_activity, new_id, mail_ids, life.clock.now_us())
+        asked = Fork(checked_name("id", instance_id), from_activity, new_id, mail_ids, life.clock.now_us())
         await asyncio.wrap_future(life.store.fork(asked))
         life.hint_worker()
         return new_id

@@ -9,8 +9,9 @@ from typing import Any
 
 from romancy.context.activity import check_no_open_transaction
 from romancy.engine.messaging import mode_conflict
-from romancy.envelopes import EventHead, checked_name, checked_time, encode_data, message_body
+from romancy.envelopes import EventHead, checked_time, encode_data, message_body
 from romancy.lifecycle import Lifecycle
+from romancy.names import checked_name
 from romancy.serde import check_size
 from romancy.settings import Settings
 from romancy.storage.posting import event_mail, message_mail

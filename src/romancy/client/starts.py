@@ -13,11 +13,14 @@ from romancy.definitions import Workflow
 from romancy.errors import ConfigurationError, InstanceConflictError, UnknownWorkflowError
 from romancy.lifecycle import Lifecycle
 from romancy.model import Status
+from romancy.names import checked_name
 from romancy.serde import check_size
 from romancy.settings import Settings
-from romancy.starting import check_same, checked_id, pending_row
+from romancy.starting import check_same, pending_row
 from romancy.storage.joining import after_commit, insert_start
 from romancy.storage.rows import StartRow
+
+RUNNING = Status.RUNNING.value
 
 
 class Starts:
@@ -50,8 +53,9 @@ class Starts:
         definition = self._definition(workflow)
         given = definition.signature.encode_input(args, kwargs)
         text = given.text
-        check_size(f"the input of workflow {definition.name!r}", [text], self._settings.max_payload_bytes)
-        instance_id = life.ids.new_id() if id is None else checked_id(id)
+        if len(text) * 4 > self._settings.max_payload_bytes:
+            check_size(f"the input of workflow {definition.name!r}", [text], self._settings.max_payload_bytes)
+        instance_id = life.ids.new_id() if id is None else checked_name("id", id)
         now = life.clock.now_us()
         if session is not None:
             await self._start_in(session, definition, instance_id, text, now)
@@ -60,7 +64,7 @@ class Starts:
         worker = life.worker
         if worker is not None and worker.reserve_room():
             row = StartRow(
-                instance_id, 1, definition.name, Status.RUNNING.value, worker.worker_id, None, 0, now, now, now,
+                instance_id, 1, definition.name, RUNNING, worker.worker_id, None, 0, now, now, now,
                 definition.source_hash, text,
             )  # fmt: skip
             is_new = await worker.writer.start(row, id is not None, partial(worker.on_start_settled, row, given))

@@ -10,8 +10,9 @@ from weakref import ref
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from romancy.envelopes import EventHead, checked_name, decode_data, encode_data, message_body
+from romancy.envelopes import EventHead, decode_data, encode_data, message_body
 from romancy.errors import ActivityTimeoutError, NotInActivityError, SessionError
+from romancy.names import checked_name
 from romancy.serde import check_size
 from romancy.storage.mail import Mail
 from romancy.storage.posting import event_mail, message_mail

@@ -11,10 +11,11 @@ from random import Random
 from typing import Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
 from romancy.definitions import Activity, Workflow
-from romancy.envelopes import EventHead, checked_name, encode_data, message_body, read_event, read_message
+from romancy.envelopes import EventHead, encode_data, message_body, read_event, read_message
 from romancy.errors import ChildWorkflowError, ConfigurationError, DefinitionError
 from romancy.failures import decode_error, decode_info
 from romancy.model import Event, HistoryKind, Message, Status, from_micros, to_micros
+from romancy.names import checked_name
 from romancy.retry import Seconds, as_seconds
 from romancy.serde import load_json
 from romancy.storage.mail import CHILD, EVENT, MESSAGE, Mail
