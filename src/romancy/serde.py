@@ -125,7 +125,9 @@ class PlainCodec:
             return check_text(encode_basestring(value)), value
         if self.container is not None and not isinstance(value, self.container):
             raise TypeError(f"{value!r} is no {self.container.__name__}")
-        if value is None or kind is bool or kind is int or kind is float:
+        if kind is int:
+            return str(value), value
+        if value is None or kind is bool or kind is float:
             return dump_plain(value), value
         try:
             text = check_text(dump_plain(value))
@@ -221,7 +223,9 @@ class ScalarCodec:
         if kind is self._annotation:
             if kind is str:
                 return check_text(encode_basestring(value)), value
-            if kind is not float or math.isfinite(value):
+            if kind is int:
+                return str(value), value
+            if kind is bool or math.isfinite(value):
                 return dump_plain(value), value
         return self._adapter().encode(value)
 

@@ -44,6 +44,7 @@ class Signature:
             inspect.Parameter.VAR_KEYWORD,
         )
         self._codecs: list[tuple[str, str, Codec]] | None = None
+        self._encoders: list[tuple[Callable[[Any], tuple[str, Any]], str]] = []
         self._result: Codec | None = None
         self._object_shaped = False
 
@@ -73,6 +74,7 @@ class Signature:
         self._result = self._codec(hints.get("return", MISSING), "its result")
         if self._is_single:
             self._object_shaped = is_object_shaped(hints.get(self._parameters[0].name, MISSING))
+        self._encoders = [(codec.encode, "," * (index > 0) + key) for index, (_, key, codec) in enumerate(codecs)]
         self._codecs = codecs
 
     def _codec(self, hint: Any, what: str) -> Codec:
@@ -91,22 +93,19 @@ class Signature:
         if self._codecs is None:
             self.resolve()
         assert self._codecs is not None
-        if self._simple and not kwargs and len(args) == len(self._codecs):
-            return self._encode_positional(args)
-        return self._encode_bound(args, kwargs)
-
-    def _encode_positional(self, args: tuple[Any, ...]) -> Arguments:
-        texts: list[str] = []
+        if kwargs or not self._simple or len(args) != len(self._codecs):
+            return self._encode_bound(args, kwargs)
+        text = "{"
         copies: list[Any] = []
-        assert self._codecs is not None
-        for (name, key, codec), value in zip(self._codecs, args, strict=True):
+        for encode, key in self._encoders:
+            value = args[len(copies)]
             try:
-                text, copy = codec.encode(value)
+                part, copy = encode(value)
             except Exception as error:
-                raise self._argument_error(name, value, error) from error
-            texts.append(key + text)
+                raise self._argument_error(self._parameters[len(copies)].name, value, error) from error
+            text += key + part
             copies.append(copy)
-        return Arguments("{" + ",".join(texts) + "}", tuple(copies), NO_KWARGS)
+        return Arguments(text + "}", tuple(copies), NO_KWARGS)
 
     def _encode_bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         try:

@@ -17,11 +17,12 @@ class CallIds:
         position: how many calls there have been.
     """
 
-    __slots__ = ("_counters", "_explicit", "_whose", "position")
+    __slots__ = ("_counters", "_explicit", "_instance_id", "_run", "position")
 
-    def __init__(self, whose: str) -> None:
+    def __init__(self, instance_id: str, run: int) -> None:
         self.position = 0
-        self._whose = whose
+        self._instance_id = instance_id
+        self._run = run
         self._counters: dict[str, int] = {}
         self._explicit: set[str] | None = None
 
@@ -57,7 +58,8 @@ class CallIds:
 
     def _taken(self, call_id: str) -> DuplicateNameError:
         return DuplicateNameError(
-            f"the activity id {call_id!r} is used twice in {self._whose}: give each call an id of its own, or leave "
+            f"the activity id {call_id!r} is used twice in run {self._run} of instance "
+            f"{self._instance_id}: give each call an id of its own, or leave "
             f"ids to Romancy"
         )
 

@@ -229,6 +229,7 @@ class WorkflowLoop(_RefusingLoop):
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop) -> None:
         self.workflow_host: LoopHost = host
         self._outer = outer
+        self._outer_hooks = sys.get_asyncgen_hooks()
         self.tasks: list[asyncio.Task[Any]] = []
         self._ready: deque[ReadyCallback] = deque()
         self._prune_at = 16
@@ -245,7 +246,6 @@ class WorkflowLoop(_RefusingLoop):
         """
         ready = self._ready
         outer = self._outer
-        hooks = sys.get_asyncgen_hooks()
         _set_running_loop(self)
         RUNNING.host = self.workflow_host
         sys.set_asyncgen_hooks(None, self._finalize_asyncgen)
@@ -273,7 +273,7 @@ class WorkflowLoop(_RefusingLoop):
                         f"asyncio.sleep(1)"
                     )
         finally:
-            sys.set_asyncgen_hooks(*hooks)
+            sys.set_asyncgen_hooks(*self._outer_hooks)
             RUNNING.host = None
             _set_running_loop(outer)
 
@@ -342,8 +342,12 @@ class WorkflowLoop(_RefusingLoop):
             coro.close()
             raise GeneratorExit
         _refuse_unordered_start(coro)
+        return self.begin_task(coro, name or "workflow", context)
+
+    def begin_task(self, coro: Any, name: str, context: Context | None) -> asyncio.Task[Any]:
+        """Begin a task of this loop, from wherever."""
         self._last_number += 1
-        task = WorkflowTask(self._last_number, coro, self, name or "workflow", context)
+        task = WorkflowTask(self._last_number, coro, self, name, context)
         if len(self.tasks) >= self._prune_at:
             self.tasks = [known for known in self.tasks if not known.done()]
             self._prune_at = max(16, 2 * len(self.tasks))
@@ -413,4 +417,4 @@ def make_loop(host: LoopHost, outer: asyncio.AbstractEventLoop) -> WorkflowLoop:
 
 def start_task(loop: WorkflowLoop, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
     """The main task of a workflow, in a context of its own."""
-    return loop.create_task(coroutine, name=name, context=Context())
+    return loop.begin_task(coroutine, name, Context())

@@ -41,20 +41,17 @@ class Operation:
         position: how many-eth request of the run it is, timers included; the same on every replay.
         place: where it was asked for; known during replay only.
         answers: what kind of request this is, in the words of :data:`romancy.engine.replay.ANSWERS`.
+        name: what is asked for: an activity's name, an event's, ``timer`` …
     """
 
     __slots__ = ("id", "place", "position")
     answers: str
+    name: str
 
     def __init__(self, operation_id: str, position: int, place: CodePlace | None) -> None:
         self.id = operation_id
         self.position = position
         self.place = place
-
-    @property
-    def name(self) -> str:
-        """The activity's name, or ``timer``."""
-        raise NotImplementedError
 
     def describe(self) -> str:
         """For messages."""
@@ -89,6 +86,7 @@ class ActivityOperation(Operation):
         "future",
         "is_abandoned",
         "is_compensation",
+        "name",
         "options",
         "running",
     )
@@ -107,6 +105,7 @@ class ActivityOperation(Operation):
         self.position = position
         self.place = place
         self.activity = activity
+        self.name = activity.name
         self.options = options
         self.arguments = arguments
         self.future: asyncio.Future[Any]
@@ -119,10 +118,6 @@ class ActivityOperation(Operation):
         self.details: str | None = None
         self.details_seq = 0
         self.is_compensation = False
-
-    @property
-    def name(self) -> str:
-        return self.activity.name
 
     @property
     def answers(self) -> str:  # type: ignore[override]
@@ -140,16 +135,13 @@ class TimerOperation(Operation):
 
     __slots__ = ("callback", "deadline", "deadline_us")
     answers = "timer"
+    name = TIMER
 
     def __init__(self, operation_id: str, position: int, place: CodePlace | None, deadline_us: int) -> None:
         super().__init__(operation_id, position, place)
         self.deadline_us = deadline_us
         self.deadline: Deadline | None = None
         self.callback: ReadyCallback
-
-    @property
-    def name(self) -> str:
-        return TIMER
 
 
 class MailOperation(Operation):
@@ -160,20 +152,16 @@ class MailOperation(Operation):
         input: what history records beside the name; replay compares it.
     """
 
-    __slots__ = ("_name", "answers", "future", "input")
+    __slots__ = ("answers", "future", "input", "name")
 
     def __init__(
         self, operation_id: str, position: int, place: CodePlace | None, answers: str, name: str, text: str | None
     ) -> None:
         super().__init__(operation_id, position, place)
-        self._name = name
+        self.name = name
         self.answers = answers
         self.input = text
         self.future: asyncio.Future[Any]
-
-    @property
-    def name(self) -> str:
-        return self._name
 
 
 class WaitOperation(MailOperation):
@@ -259,11 +247,8 @@ class RecurOperation(Operation):
 
     __slots__ = ("given",)
     answers = "recur"
+    name = "recur"
 
     def __init__(self, operation_id: str, position: int, place: CodePlace | None, given: Arguments) -> None:
         super().__init__(operation_id, position, place)
         self.given = given
-
-    @property
-    def name(self) -> str:
-        return "recur"

@@ -76,13 +76,13 @@ class Run(Recorder):
         "_patches",
         "_recorded_status",
         "_saga",
+        "_seed",
         "_seq",
         "_time_us",
         "instance_id",
         "is_gone",
         "is_replaying",
         "run",
-        "seed",
         "workflow",
         "workflow_name",
     )
@@ -96,12 +96,12 @@ class Run(Recorder):
         self.workflow = workflow
         self.is_replaying = given is None
         self.is_gone = False
-        self.seed = row.seed or seed_of(row.instance_id, row.run)
+        self._seed = row.seed
         self._time_us = row.started_at
         self._seq = 0
         self._claims = row.claims
         self._recorded_status = row.status
-        self._calls = CallIds(f"run {row.run} of instance {row.instance_id}")
+        self._calls = CallIds(row.instance_id, row.run)
         self._mail: Messaging | None = None
         self._saga: Saga | None = None
         self._is_compensating = False
@@ -138,6 +138,11 @@ class Run(Recorder):
         raise NotImplementedError
 
     # -- what the workflow's code reaches ---------------------------------------------------------
+
+    @property
+    def seed(self) -> str:
+        """See :class:`romancy.context.RunningWorkflow`."""
+        return self._seed or seed_of(self.instance_id, self.run)
 
     def workflow_time_us(self) -> int:
         """The time of the last delivered event."""
