@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextvars import ContextVar
-from enum import Enum
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import psycopg
@@ -44,6 +43,7 @@ from romancy.storage.writer import Recorder
 from tests.databases import clean, execute, rows
 from tests.support import RESULT_TIMEOUT_S
 
+CARRIED: ContextVar[str] = ContextVar("carried")
 ME = "me"
 LARGE = 2_000_000
 """Characters; no small socket takes so many at once."""
@@ -144,6 +144,38 @@ async def test_the_loop_sends_and_hears(store: PostgresqlStore, url: str) -> Non
     again = batch_of(start("two"), start("three"))
     await landed(departed(store, again))
     assert again.inserted == {"three"}
+
+
+async def test_who_looks_hears_without_a_turn_of_the_loop(store: PostgresqlStore, url: str) -> None:
+    store.look()
+    with locked_worker(url) as holder:
+        outcome = departed(store, batch_of(start("one")))
+        store.look()
+        assert not outcome.done()
+        holder.rollback()
+        contexts: list[int] = []
+        outcome.add_done_callback(lambda _: contexts.append(len(copy_context())))
+        CARRIED.set("by who happened to look")
+        began = time.monotonic()
+        while not outcome.done() and time.monotonic() - began < RESULT_TIMEOUT_S:
+            store.look()
+    assert stored(url) == ["one"]
+    assert contexts == [0]
+    assert thread_of(store)._loan is None
+    store.look()
+    await landed(departed(store, batch_of(start("two"))))
+
+
+async def test_unforeseen_error_is_the_end_of_a_batch_too(
+    store: PostgresqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(store, "_note_written", fail)
+    outcome = departed(store, batch_of(start("one")))
+    with pytest.raises(ZeroDivisionError):
+        await landed(outcome)
 
 
 async def test_nothing_is_left_on_the_loop(store: PostgresqlStore) -> None:
@@ -435,16 +467,6 @@ async def test_server_that_says_no_more_while_there_is_more_to_send(url: str, is
             with pytest.raises(DatabaseUnavailableError):
                 await landed(outcome)
             assert thread_of(store)._thread.is_alive()
-
-
-async def test_id_of_a_kind_of_its_own_is_its_text(store: PostgresqlStore, url: str) -> None:
-    class Name(str, Enum):  # noqa: UP042 - it says something else of itself than what it holds
-        FIRST = "first"
-        LAST = "last"
-
-    await landed(departed(store, batch_of(start(Name.FIRST))))
-    await landed(departed(store, batch_of(start(Name.LAST), *(start(f"{n}") for n in range(5)))))
-    assert {"first", "last"} < set(stored(url))
 
 
 async def test_statements_that_somebody_has_discarded_are_prepared_again(store: PostgresqlStore, url: str) -> None:

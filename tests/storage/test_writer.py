@@ -26,7 +26,7 @@ from romancy.storage import writer as writer_module
 from romancy.storage.batch import Batch, Party, Written, run_batch
 from romancy.storage.rows import HistoryRow, StartRow, StateRow
 from romancy.storage.store import Store
-from romancy.storage.writer import Recorder, Writer
+from romancy.storage.writer import MUCH, Recorder, Writer
 from tests.databases import rows
 from tests.support import RESULT_TIMEOUT_S
 
@@ -35,6 +35,9 @@ class FakeStore:
     """Keeps batches until the test says how they ended."""
 
     works_beside = False
+
+    def look(self) -> None:
+        raise AssertionError
 
     def __init__(self) -> None:
         self.batches: list[tuple[Batch, Future[None]]] = []
@@ -46,7 +49,19 @@ class FakeStore:
 
 
 class StoreBeside(FakeStore):
+    """Tells only if it's asked."""
+
     works_beside = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_written = False
+        self.looks_at: list[int] = []
+
+    def look(self) -> None:
+        self.looks_at.append(sum(batch.row_count for batch, _ in self.batches))
+        if self.has_written:
+            self.batches[-1][1].set_result(None)
 
 
 class Member(Recorder):
@@ -80,12 +95,12 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize(("store", "sent"), [(StoreBeside(), [64, 66]), (FakeStore(), [130])])
+@pytest.mark.parametrize(("store", "sent"), [(StoreBeside(), [MUCH, MUCH + 2]), (FakeStore(), [2 * MUCH + 2])])
 async def test_much_is_sent_before_the_turn_is_over_where_the_database_works_beside(
     store: FakeStore, sent: list[int]
 ) -> None:
     writer, _ = make(store)
-    for number in range(130):
+    for number in range(2 * MUCH + 2):
         writer.hurry()
         writer.record(Member(), event(number))
     assert len(store.batches) == len(sent) - 1
@@ -94,6 +109,27 @@ async def test_much_is_sent_before_the_turn_is_over_where_the_database_works_bes
         store.batches[-1][1].set_result(None)
         await turns()
     assert [batch.row_count for batch, _ in store.batches] == sent
+
+
+async def test_whether_much_has_been_written_is_looked_at_before_the_turn_is_over() -> None:
+    """Each time as much as that has come again; else the loop would hear of it only when all else is done."""
+    store = StoreBeside()
+    writer, _ = make(store)
+    seen: list[int] = []
+
+    def one_turn() -> None:
+        for number in range(4 * MUCH + 2):
+            writer.hurry()
+            writer.record(Member(), event(number))
+            if number == 2 * MUCH:
+                store.has_written = True
+            seen.append(writer.committed)
+
+    asyncio.get_running_loop().call_soon(one_turn)
+    await turns()
+    assert store.looks_at == [MUCH, MUCH]
+    assert [batch.row_count for batch, _ in store.batches] == [MUCH, 2 * MUCH]
+    assert (seen.index(1), seen[-1]) == (3 * MUCH, 1)
 
 
 async def test_flush_that_can_not_even_begin_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,10 +129,10 @@ class Flight(Generic[L]):
 
     def _watch(self, add: Callable[[int, Callable[[], None]], None]) -> None:
         # What comes of it is nobody's in particular: not that of whoever happened to send it.
-        Context().run(add, self._descriptor, self._look)
+        Context().run(add, self._descriptor, self.look)
 
-    def _look(self) -> None:
-        """On the loop: there is something to read, or room to write."""
+    def look(self) -> None:
+        """On the loop: there is something to read, or room to write; or maybe not."""
         if not self._lock.acquire(blocking=False):
             return  # the thread has taken over, and will say
         try:

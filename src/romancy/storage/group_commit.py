@@ -61,6 +61,9 @@ class GroupCommit(Database):
         del batch, worker_id
         return None
 
+    def look(self) -> None:
+        """See whether a flush has ended that no thread hears of; if so, its future is done now."""
+
     def _flush_on_thread(self, batch: Batch, worker_id: str | None) -> Future[None]:
         def job(link: Link) -> None:
             if batch.is_unsure:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextvars import Context
 from functools import cache, partial
 from typing import Any
 
@@ -84,6 +85,7 @@ class PostgresqlStore(ServerStore):
         self._url = address.url.difference_update_query([PREPARING])
         self.listen_url: URL | None = None
         self._is_read_committed = True
+        self._flight: Flight[PostgresqlLink] | None = None
         self._begin_together = (
             "BEGIN ISOLATION LEVEL READ COMMITTED",
             f"SET LOCAL lock_timeout = '{lock_wait}'",
@@ -246,22 +248,32 @@ class PostgresqlStore(ServerStore):
         outcome: Future[None] = Future()
 
         def land(link: PostgresqlLink, answer: tuple[Any, ...] | BaseException) -> None:
+            self._flight = None
             if isinstance(answer, BaseException):
                 self._flush_again(batch, worker_id, answer, outcome)
                 return
             is_alive, inserted, _ = answer
             try:
                 keyed = self._note_written(link, rows, worker_id, inserted, is_alive=is_alive == "t")
-            except DatabaseError as error:
+                batch.note(parties, Written(keyed))
+            except Exception as error:  # noqa: BLE001  # the batch must have an end, whatever it is
                 outcome.set_exception(error)
                 return
-            batch.note(parties, Written(keyed))
             if link.needs_care:
                 with contextlib.suppress(DatabaseError):  # it may have been closed meanwhile
                     self._write(_take_care)
             outcome.set_result(None)
 
-        return outcome if Flight(loop, thread, is_beyond_use, land).depart(sql, values) else None
+        flight = Flight(loop, thread, is_beyond_use, land)
+        if not flight.depart(sql, values):
+            return None
+        self._flight = flight
+        return outcome
+
+    def look(self) -> None:
+        """See :class:`romancy.storage.writer.BatchStore`."""
+        if self._flight is not None:
+            Context().run(self._flight.look)  # what comes of it is nobody's in particular
 
     def _flush_again(self, batch: Batch, worker_id: str | None, error: BaseException, outcome: Future[None]) -> None:
         """A statement has failed, so nothing of it is durable; or its connection has, and nobody knows."""

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextvars import Context
 from typing import Protocol
 
 from romancy.errors import (
@@ -28,7 +29,7 @@ from romancy.storage.rows import Change, HistoryRow, StartRow, StateRow
 logger = logging.getLogger("romancy.storage")
 
 MAX_WAITING_ROWS = 20_000
-MUCH = 64
+MUCH = 128
 """So many rows are worth a commit of their own, if the database works while this thread does."""
 MAX_RETRY_WAIT_S = 1.0
 HOPELESS = (DatabaseCorruptError, DatabaseReadOnlyError, SchemaError)
@@ -130,6 +131,10 @@ class BatchStore(Protocol):
 
     works_beside: bool
 
+    def look(self) -> None:
+        """See whether a flush has ended that works beside this process; if so, its future is done now."""
+        ...
+
     def flush(self, batch: Batch, worker_id: str | None) -> Future[None]:
         """Commit a batch under the worker's fence; never ends before it returns."""
         ...
@@ -165,6 +170,7 @@ class Writer:
         self._open = Batch(1)
         self._in_flight: Batch | None = None
         self._is_scheduled = False
+        self._hurry_at = MUCH
         self._failures = 0
         self._callbacks: list[Callable[[], None]] = []
         self._flight_callbacks: list[Callable[[], None]] = []
@@ -267,11 +273,12 @@ class Writer:
         Raises:
             DatabaseError: the database can't take it now; nothing was stored.
         """
-        try:
-            await self._wait_for_room()
-        except asyncio.CancelledError:
-            on_settled(False)
-            raise
+        if self._open.row_count >= MAX_WAITING_ROWS:
+            try:
+                await self._wait_for_room()
+            except asyncio.CancelledError:
+                on_settled(False)
+                raise
         if self.stopped_by is not None:
             on_settled(False)
         self._check_open()
@@ -330,8 +337,15 @@ class Writer:
 
         Called only when nobody has more to add to what belongs together.
         """
-        if self._in_flight is None and self._open.row_count >= MUCH and self._store.works_beside:
+        count = self._open.row_count
+        if count < self._hurry_at or not self._store.works_beside:
+            return
+        if self._in_flight is None:
             self._seal()
+        else:
+            # The loop hears of an answer only when it has done all that was ready, and that may be much.
+            self._hurry_at = count + MUCH
+            self._store.look()
 
     def _schedule(self) -> None:
         # Not at once: the callbacks that are ready in this turn of the loop add their rows first.
@@ -346,6 +360,7 @@ class Writer:
         batch = self._open
         self._open = Batch(batch.number + 1)
         self._in_flight = batch
+        self._hurry_at = max(MUCH, batch.row_count)
         self._flight_callbacks, self._callbacks = self._callbacks, []
         self._flight_starts, self._starts = self._starts, []
         self._send(batch)
@@ -356,8 +371,8 @@ class Writer:
         try:
             outcome = self._store.flush(batch, self._worker_id)
         except Exception as error:
-            # Who has caused it, by the last row or the first, is in the middle of something else.
-            self._loop.call_soon(self._flushed, batch, error)
+            # Who has caused it, by the last row or the first, is in the middle of something else. It's nobody's alone.
+            Context().run(self._loop.call_soon, self._flushed, batch, error)
             return
         outcome.add_done_callback(lambda done: self._post(batch, done))
 
@@ -395,6 +410,7 @@ class Writer:
         callbacks, starts = self._flight_callbacks, self._flight_starts
         self._flight_callbacks, self._flight_starts = [], []
         self._in_flight = None
+        self._hurry_at = MUCH
         # The next batch is on its way before this one's consequences are worked out.
         self._seal()
         for post in batch.posts:
