@@ -15,6 +15,8 @@ from romancy.storage.rows import StateRow
 
 R = TypeVar("R")
 
+COMPLETED = Status.COMPLETED.value
+
 
 class HandleHost(Protocol):
     """What a handle needs of its app."""
@@ -82,12 +84,12 @@ class WorkflowHandle(Generic[R]):
         return instance.status
 
     def _decode(self, state: StateRow) -> R:
+        if state.status == COMPLETED:
+            text = state.result if state.result is not None else "null"
+            if self._workflow is None:
+                return cast("R", load_json(text))
+            return cast("R", self._workflow.signature.decode_result(text))
         match Status(state.status):
-            case Status.COMPLETED:
-                text = state.result if state.result is not None else "null"
-                if self._workflow is None:
-                    return cast("R", load_json(text))
-                return cast("R", self._workflow.signature.decode_result(text))
             case Status.FAILED:
                 assert state.error is not None
                 raise WorkflowFailedError(self.instance_id, decode_info(state.error)) from decode_error(state.error)

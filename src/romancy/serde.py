@@ -120,21 +120,24 @@ class PlainCodec:
         self.container = container
 
     def encode(self, value: Any) -> tuple[str, Any]:
-        kind = type(value)
-        if kind is str:
-            return check_text(encode_basestring(value)), value
-        if self.container is not None and not isinstance(value, self.container):
+        if self.container is None:
+            kind = type(value)
+            if kind is str:
+                return check_text(encode_basestring(value)), value
+            if kind is int:
+                return str(value), value
+            if value is None or kind is bool or kind is float:
+                return dump_plain(value), value
+        elif not isinstance(value, self.container):
             raise TypeError(f"{value!r} is no {self.container.__name__}")
-        if kind is int:
-            return str(value), value
-        if value is None or kind is bool or kind is float:
-            return dump_plain(value), value
         try:
-            text = check_text(dump_plain(value))
+            text = "".join(_encode_chunks(value, 0))
         except TypeError:
             _refuse_parts_that_json_changes(value, "the value")
             raise
-        copy = load_json(text)
+        if not text.isascii():
+            text.encode()
+        copy, _ = _scan(text, 0)
         if copy != value:
             _refuse_parts_that_json_changes(value, "the value")
         return text, copy
@@ -210,7 +213,7 @@ def _refuse_text_beside_bytes(choices: Sequence[Any]) -> None:
 
 
 class ScalarCodec:
-    """``str``, ``int``, ``float``, ``bool``: exact values go straight through, others ask pydantic."""
+    """``float``, ``bool``, and the two below: exact values go straight through, others ask pydantic."""
 
     __slots__ = ("_annotation", "_lax")
 
@@ -219,14 +222,8 @@ class ScalarCodec:
         self._lax: AdapterCodec | None = None
 
     def encode(self, value: Any) -> tuple[str, Any]:
-        kind = type(value)
-        if kind is self._annotation:
-            if kind is str:
-                return check_text(encode_basestring(value)), value
-            if kind is int:
-                return str(value), value
-            if kind is bool or math.isfinite(value):
-                return dump_plain(value), value
+        if type(value) is self._annotation and math.isfinite(value):
+            return dump_plain(value), value
         return self._adapter().encode(value)
 
     def decode(self, text: str) -> Any:
@@ -237,6 +234,34 @@ class ScalarCodec:
         if self._lax is None:
             self._lax = AdapterCodec(self._annotation)
         return self._lax
+
+
+class TextCodec(ScalarCodec):
+    """``str``."""
+
+    __slots__ = ()
+
+    def encode(self, value: Any) -> tuple[str, Any]:
+        if type(value) is not str:
+            return self._adapter().encode(value)
+        text = encode_basestring(value)
+        if not text.isascii():
+            text.encode()
+        return text, value
+
+
+class IntCodec(ScalarCodec):
+    """``int``."""
+
+    __slots__ = ()
+
+    def encode(self, value: Any) -> tuple[str, Any]:
+        if type(value) is int:
+            return str(value), value
+        return self._adapter().encode(value)
+
+
+_SCALARS: dict[type, type[ScalarCodec]] = {str: TextCodec, int: IntCodec}
 
 
 class NoneCodec:
@@ -299,7 +324,7 @@ def _make_codec(annotation: Any) -> Codec:
     if annotation is None or annotation is type(None):
         return NoneCodec()
     if annotation in (str, int, float, bool):
-        return ScalarCodec(annotation)
+        return _SCALARS.get(annotation, ScalarCodec)(annotation)
     if annotation in (dict, list):
         return PlainCodec(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

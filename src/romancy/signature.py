@@ -7,18 +7,30 @@ import types
 import typing
 from collections.abc import Callable
 from json.encoder import encode_basestring
-from typing import Any, NamedTuple
+from typing import Any
 
 from romancy.errors import DefinitionError, SerializationError
 from romancy.serde import MISSING, Codec, codec_for, dump_plain, is_object_shaped, load_json
 
 
-class Arguments(NamedTuple):
-    """The arguments of one call: as stored, and as the callee gets them."""
+class Arguments:
+    """The arguments of one call.
 
-    text: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Attributes:
+        text: as stored.
+        args: as the callee gets them, with ``kwargs``.
+    """
+
+    __slots__ = ("args", "kwargs", "text")
+
+    def __init__(self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.text = text
+        self.args = args
+        self.kwargs = kwargs
+
+    def stored_as(self, text: str) -> Arguments:
+        """The same, stored otherwise."""
+        return Arguments(text, self.args, self.kwargs)
 
 
 NO_KWARGS: dict[str, Any] = {}
@@ -142,10 +154,10 @@ class Signature:
         name, key, codec = self._codecs[0]
         if keyed == "{}":
             # Left to its default. An object as such reads like an empty one, so that the default must be stored.
-            return arguments._replace(text=self._default_text(name, codec)) if self._object_shaped else arguments
+            return arguments.stored_as(self._default_text(name, codec)) if self._object_shaped else arguments
         bare = keyed[len(key) + 1 : -1]
         if self._object_shaped or (bare.startswith("{") and bare != "{}" and not _has_single_key(bare, name)):
-            return arguments._replace(text=bare)
+            return arguments.stored_as(bare)
         return arguments
 
     def _default_text(self, name: str, codec: Codec) -> str:

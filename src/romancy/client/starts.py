@@ -96,6 +96,8 @@ class Starts:
     def _definition(self, workflow: Workflow[..., Any] | str) -> Workflow[..., Any]:
         name = workflow if isinstance(workflow, str) else getattr(workflow, "name", None)
         known = self._life.known.get(name) if isinstance(name, str) else None
+        if known is not None and known is workflow:
+            return known
         if known is None:
             if name in self._life.catalogue.workflows:
                 raise UnknownWorkflowError(

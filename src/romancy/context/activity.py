@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar, cast, overload
 from weakref import ref
@@ -19,6 +19,9 @@ from romancy.storage.posting import event_mail, message_mail
 from romancy.storage.sessions import ActivityTransaction, SessionEngines
 
 T = TypeVar("T")
+
+NOTHING: list[Mail] = []
+"""Shared by all that send nothing; never changed."""
 
 
 class ActivitySender(Protocol):
@@ -44,18 +47,20 @@ class ActivityContext:
         workflow_name: the workflow's name.
         activity_id: which call of the run this is, for example ``"charge:1"``.
         attempt: the number of this attempt, from 1.
+        outgoing: for the engine: what goes out with the outcome.
+        transaction: for the engine: the attempt's transaction, once the session was asked for.
     """
 
     __slots__ = (
         "_engines",
         "_is_async",
-        "_outgoing",
         "_sender_ref",
-        "_transaction",
         "activity_id",
         "attempt",
         "instance_id",
+        "outgoing",
         "run",
+        "transaction",
         "workflow_name",
     )
 
@@ -79,8 +84,8 @@ class ActivityContext:
         self._is_async = is_async
         # Else each attempt would form a cycle, and wait for the garbage collector.
         self._sender_ref = ref(sender)
-        self._outgoing: list[Mail] | None = None
-        self._transaction: ActivityTransaction | None = None
+        self.outgoing = NOTHING
+        self.transaction: ActivityTransaction | None = None
 
     @property
     def _sender(self) -> ActivitySender:
@@ -214,38 +219,28 @@ class ActivityContext:
         return text
 
     def _send(self, mail: Mail) -> None:
-        if self._outgoing is None:
-            self._outgoing = []
-        self._outgoing.append(mail)
-
-    @property
-    def outgoing(self) -> Sequence[Mail]:
-        """For the engine: what goes out with the outcome."""
-        return self._outgoing or ()
+        if self.outgoing is NOTHING:
+            self.outgoing = []
+        self.outgoing.append(mail)
 
     @property
     def has_open_transaction(self) -> bool:
         """Whether the session has begun its transaction."""
-        return self._transaction is not None and self._transaction.is_open
+        return self.transaction is not None and self.transaction.is_open
 
     @property
     def holds_everybody_up(self) -> bool:
         """For the engine: whether nobody else can write until this attempt's transaction has ended."""
-        return self._transaction is not None and self._transaction.holds_everybody_up
-
-    @property
-    def transaction(self) -> ActivityTransaction | None:
-        """For the engine: the attempt's transaction, once the session was asked for."""
-        return self._transaction
+        return self.transaction is not None and self.transaction.holds_everybody_up
 
     def _open(self) -> AsyncSession | Session:
-        if self._transaction is None:
+        if self.transaction is None:
             if self._engines is None:
                 raise SessionError(
                     f"activity {self.activity_id} is defined with transactional=False, so it has no session"
                 )
-            self._transaction = self._engines.transaction(is_async=self._is_async)
-        return self._transaction.session()
+            self.transaction = self._engines.transaction(is_async=self._is_async)
+        return self.transaction.session()
 
 
 CURRENT_ACTIVITY: ContextVar[ActivityContext] = ContextVar("romancy_current_activity")

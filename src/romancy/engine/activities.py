@@ -110,14 +110,13 @@ class ActivityRunner:
 
     def _run(self, attempt: Attempt) -> None:
         operation, instance = attempt.operation, attempt.instance
-        activity = operation.activity
-        arguments = operation.arguments
+        activity, arguments, options = operation.activity, operation.arguments, operation.options
         if not operation.first_attempt_us:
             operation.first_attempt_us = self.host.clock.now_us()
         else:
             # The attempt before may have changed what it was given.
             arguments = activity.signature.copy_arguments(arguments)
-        attempt.context = ActivityContext(
+        current = attempt.context = ActivityContext(
             instance.instance_id,
             instance.run,
             instance.workflow_name,
@@ -128,10 +127,10 @@ class ActivityRunner:
             attempt,
         )
         context = self._base_context.copy()
-        context.run(CURRENT_ACTIVITY.set, attempt.context)
+        context.run(CURRENT_ACTIVITY.set, current)
         self._running.add(attempt)
-        timeout_s = operation.options.timeout_s or activity.timeout_s
-        silence_s = operation.options.heartbeat_timeout_s or activity.heartbeat_timeout_s
+        timeout_s = options.timeout_s or activity.timeout_s
+        silence_s = options.heartbeat_timeout_s or activity.heartbeat_timeout_s
         if activity.is_async:
             coroutine = activity.fn(*arguments.args, **arguments.kwargs)
             task = asyncio.Task(coroutine, loop=self.loop, name=operation.id, context=context)

@@ -66,8 +66,9 @@ class InstanceHost(RunHost, Protocol):
 
     default_retry: RetryPolicy
 
-    def start_activity(self, instance: LiveInstance, operation: ActivityOperation) -> None:
-        """Run the next attempt."""
+    @property
+    def start_activity(self) -> Callable[[LiveInstance, ActivityOperation], None]:
+        """Runs the next attempt."""
         ...
 
     def cancel_activity(self, operation: ActivityOperation) -> None:
@@ -111,7 +112,6 @@ class LiveInstance(ReplayedRun):
         "_is_in_code",
         "_is_waiting_for_commit",
         "_is_wake_stale",
-        "_parent_id",
         "_recorded_wake_us",
         "_requests",
         "_successor",
@@ -129,7 +129,6 @@ class LiveInstance(ReplayedRun):
         self.running_count = 0
         self._ending: Ending | None = None
         self._requests: list[Delivery] | None = None
-        self._parent_id = row.parent_id
         self._successor: LiveInstance | None = None
         self.has_ended = False
         self._is_end_refused = False
@@ -330,7 +329,8 @@ class LiveInstance(ReplayedRun):
 
     def on_completed(self, operation: ActivityOperation, text: str, value: Any, outgoing: Sequence[Mail] = ()) -> None:
         """Record an activity's result, with what it sends, and let the workflow go on with it."""
-        if self._is_gated and not self.when_open(lambda: self.on_completed(operation, text, value, outgoing)):
+        gate = self._gate
+        if gate is not None and not self.when_open(lambda: self.on_completed(operation, text, value, outgoing)):
             return
         self._attempt_over(operation)
         if self.is_gone:
@@ -539,14 +539,13 @@ class LiveInstance(ReplayedRun):
     def _finish(self, ending: Ending) -> None:
         """Record how the run ended; its last outcome and this share a commit."""
         host = self._host
-        self._time_us = max(self._time_us, host.clock.now_us())
+        status, kind, result, error = ending
+        now = self._time_us = max(self._time_us, host.clock.now_us())
         event = None
-        if ending.kind is not None:
+        if kind is not None:
             self._seq += 1
-            event = self._own_event(ending.kind.value, error=ending.error)
-        state = StateRow(
-            self.instance_id, ending.status.value, None, None, self._time_us, self._time_us, ending.result, ending.error
-        )
+            event = self._own_event(kind.value, error=error)
+        state = StateRow(self.instance_id, status._value_, None, None, now, now, result, error)
         if self._mail is not None:
             self._mail.close()
         if self._parent_id is not None:

@@ -224,17 +224,21 @@ class WorkflowLoop(_RefusingLoop):
     Args:
         host: the instance; activities called on this loop go there.
         outer: the real loop, whose callbacks run this one.
+
+    Attributes:
+        is_discarded: it runs no more; what its tasks still ask for is not wanted.
     """
 
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop) -> None:
         self.workflow_host: LoopHost = host
         self._outer = outer
         self._outer_hooks = sys.get_asyncgen_hooks()
+        self._hooks: tuple[None, Callable[[Any], None] | None] = (None, self._finalize_asyncgen)
         self.tasks: list[asyncio.Task[Any]] = []
         self._ready: deque[ReadyCallback] = deque()
         self._prune_at = 16
         self._last_number = crc32(host.instance_id.encode()) << ORDER_BITS
-        self._is_closed = False
+        self.is_discarded = False
 
     # -- driven by the engine ----------------------------------------------------------------------
 
@@ -248,7 +252,7 @@ class WorkflowLoop(_RefusingLoop):
         outer = self._outer
         _set_running_loop(self)
         RUNNING.host = self.workflow_host
-        sys.set_asyncgen_hooks(None, self._finalize_asyncgen)
+        sys.set_asyncgen_hooks(*self._hooks)
         budget = MAX_CALLBACKS_PER_STEP
         try:
             while ready:
@@ -287,7 +291,7 @@ class WorkflowLoop(_RefusingLoop):
         Python closes a suspended coroutine by raising ``GeneratorExit`` in it, so ``finally`` blocks run; they
         are cut off at their first ``await`` or call into the loop.
         """
-        self._is_closed = True
+        self.is_discarded = True
         self._ready.clear()
         pending = [task for task in self.tasks if not task.done()]
         if pending:
@@ -301,10 +305,11 @@ class WorkflowLoop(_RefusingLoop):
                 _set_running_loop(self._outer)
         self._ready.clear()
         self.tasks.clear()
+        self._hooks = (None, None)  # they hold this loop
         del self.workflow_host
 
     def _finalize_asyncgen(self, agen: Any) -> None:
-        if not self._is_closed:
+        if not self.is_discarded:
             self.create_task(agen.aclose())
 
     # -- used by asyncio ---------------------------------------------------------------------------
@@ -338,7 +343,7 @@ class WorkflowLoop(_RefusingLoop):
     def create_task(
         self, coro: Any, *, name: str | None = None, context: Context | None = None, **_options: Any
     ) -> asyncio.Task[Any]:
-        if self._is_closed:
+        if self.is_discarded:
             coro.close()
             raise GeneratorExit
         _refuse_unordered_start(coro)
@@ -364,10 +369,10 @@ class WorkflowLoop(_RefusingLoop):
         return True
 
     def is_closed(self) -> bool:
-        return self._is_closed
+        return self.is_discarded
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        if not self._is_closed:
+        if not self.is_discarded:
             error = context.get("exception")
             logger.error("in workflow code: %s", context.get("message"), exc_info=error)
 

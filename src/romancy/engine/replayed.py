@@ -39,7 +39,7 @@ class ReplayedRun(Run):
     def __init__(self, host: RunHost, row: ClaimedRow, workflow: Workflow[..., Any], given: Arguments | None) -> None:
         super().__init__(host, row, workflow, given)
         # A fork has another id than its history was recorded under, and may have passed it on.
-        self._compares_inputs = workflow.compare_inputs and row.seed is None
+        self._compares_inputs = workflow.compare_inputs and self._seed is None
         self._strays: list[int] | None = None
         self._is_cancel_asked = False
 

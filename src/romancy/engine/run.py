@@ -73,6 +73,7 @@ class Run(Recorder):
         "_open_activities",
         "_open_timers",
         "_outside",
+        "_parent_id",
         "_patches",
         "_recorded_status",
         "_saga",
@@ -89,30 +90,26 @@ class Run(Recorder):
 
     def __init__(self, host: RunHost, row: ClaimedRow, workflow: Workflow[..., Any], given: Arguments | None) -> None:
         super().__init__()
+        (
+            self.instance_id, self.run, self.workflow_name, self._recorded_status, self._claims, self._time_us, text,
+            self._parent_id, patches, self._seed, self._is_fresh,
+        ) = row  # fmt: skip
         self._outside = host
-        self.instance_id = row.instance_id
-        self.run = row.run
-        self.workflow_name = row.workflow_name
         self.workflow = workflow
         self.is_replaying = given is None
         self.is_gone = False
-        self._seed = row.seed
-        self._time_us = row.started_at
         self._seq = 0
-        self._claims = row.claims
-        self._recorded_status = row.status
-        self._calls = CallIds(row.instance_id, row.run)
+        self._calls = CallIds(self.instance_id, self.run)
         self._mail: Messaging | None = None
         self._saga: Saga | None = None
         self._is_compensating = False
-        self._patches: dict[str, bool] = {} if row.patches is None else dict.fromkeys(load_json(row.patches), True)
-        self._is_fresh = row.is_fresh
+        self._patches: dict[str, bool] = {} if patches is None else dict.fromkeys(load_json(patches), True)
         self._open_activities: dict[str, ActivityOperation] = {}
         self._open_timers: dict[str, TimerOperation] = {}
         self._is_asked: list[Operation] = []
         self._loop = make_loop(self, host.loop)
         self._context = WorkflowContext(self)
-        args, kwargs = workflow.signature.decode_input(row.input) if given is None else (given.args, given.kwargs)
+        args, kwargs = workflow.signature.decode_input(text) if given is None else (given.args, given.kwargs)
         self._main = start_task(self._loop, workflow.fn(self._context, *args, **kwargs), workflow.name)
 
     # -- what the live instance answers ------------------------------------------------------------
@@ -160,7 +157,7 @@ class Run(Recorder):
         The id is given here, at the call, and not when the coroutine begins: ``asyncio.as_completed`` begins
         coroutines in an order that differs from run to run.
         """
-        if self._loop.is_closed():
+        if self._loop.is_discarded:
             raise GeneratorExit
         place = place_in_user_code(2) if self.is_replaying else None
         return self._await_activity(self._operation(activity, options, args, kwargs, place))
@@ -181,7 +178,7 @@ class Run(Recorder):
         return ActivityOperation(operation_id, calls.position, place, activity, options, arguments)
 
     async def _await_activity(self, operation: ActivityOperation) -> Any:
-        if self._loop.is_closed():
+        if self._loop.is_discarded:
             raise GeneratorExit
         operation.future = asyncio.Future(loop=self._loop)
         self._open_activities[operation.id] = operation
@@ -194,7 +191,7 @@ class Run(Recorder):
 
     def add_timer(self, deadline_us: int, callback: ReadyCallback) -> TimerCallback:
         """See :class:`romancy.engine.loop.LoopHost`."""
-        if self._loop.is_closed():
+        if self._loop.is_discarded:
             raise GeneratorExit
         place = place_in_user_code(3) if self.is_replaying else None
         deadline_us = min(deadline_us, LATEST_US)
@@ -255,7 +252,7 @@ class Run(Recorder):
         return self
 
     def request(self, name: str) -> tuple[str, int, CodePlace | None]:
-        if self._loop.is_closed():
+        if self._loop.is_discarded:
             raise GeneratorExit
         place = place_in_user_code(4) if self.is_replaying else None
         return self._calls.next(name), self._calls.position, place

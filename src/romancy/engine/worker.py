@@ -38,6 +38,8 @@ from romancy.storage.writer import Recorder, Writer
 
 logger = logging.getLogger("romancy.worker")
 
+SUSPENDED = Status.SUSPENDED.value
+
 MAX_CLAIMS = 20
 LONGEST_FAREWELL_S = 5.0
 MOST_ROWS_AHEAD = 500
@@ -117,6 +119,7 @@ class Worker:
         )
         self.writer = Writer(store, self.worker_id, self._on_writer_stopped, self.on_post)
         self._runner = ActivityRunner(self, engines, settings.max_activities, settings.activity_threads)
+        self.start_activity = self._runner.start  # see InstanceHost
         self._live: dict[str, LiveInstance] = {}
         self._ending: set[str] = set()
         self._waiting: OrderedDict[str, LiveInstance] = OrderedDict()
@@ -236,10 +239,9 @@ class Worker:
         if not is_new or self._is_stopping:
             self._claims.on_room()
             return
-        assert row.started_at is not None
-        claimed = ClaimedRow(
-            row.instance_id, row.run, row.workflow_name, row.status, row.claims, row.started_at, row.input
-        )
+        instance_id, run, name, status, _, _, claims, _, started_at, _, _, text, _ = row
+        assert started_at is not None
+        claimed = ClaimedRow(instance_id, run, name, status, claims, started_at, text)
         instance = self.load(claimed, given)
         if instance is not None:
             instance.begin()
@@ -274,13 +276,9 @@ class Worker:
     def _park_unloaded(self, row: ClaimedRow, error: Exception) -> None:
         logger.error("instance %s of workflow %s is suspended: %s", row.instance_id, row.workflow_name, error)
         now = self.clock.now_us()
-        state = StateRow(row.instance_id, Status.SUSPENDED.value, None, None, now, None, None, encode_error(error))
+        state = StateRow(row.instance_id, SUSPENDED, None, None, now, None, None, encode_error(error))
         ticket = self.writer.record(_Parked(), None, state)
         self.writer.when_durable(ticket, lambda: self._listener.on_ended(state))
-
-    def start_activity(self, instance: LiveInstance, operation: ActivityOperation) -> None:
-        """See :class:`romancy.engine.instance.InstanceHost`."""
-        self._runner.start(instance, operation)
 
     def cancel_activity(self, operation: ActivityOperation) -> None:
         """See :class:`romancy.engine.instance.InstanceHost`."""
@@ -361,7 +359,7 @@ class Worker:
         if state is None:
             return
         self._listener.on_ended(state)
-        if state.status == Status.SUSPENDED and state.error is None:
+        if state.status == SUSPENDED and state.error is None:
             self.hint()  # it may have been asked to end meanwhile
 
     def on_gone(self, instance: LiveInstance) -> None:
