@@ -123,7 +123,7 @@ Size = Callable[[int, int], int]
 def throughput(size: Size, on: Kind) -> list[Case]:
     """The peers gain little from more than 64 workflows at a time; each one's best is compared."""
     found = []
-    for concurrency in (1, 64, 512, 1_000) if on == "sqlite" else (1, 64, 512):
+    for concurrency in (1, 64, 512, 1_000) if on == "sqlite" else (1, 64, 128, 256, 512):
         count = size(500, 100) if concurrency == 1 else size(10_000, 2_000)
         few = size(200, 64)
         options = {"concurrency": concurrency, "count": count}
