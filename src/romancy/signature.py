@@ -56,7 +56,7 @@ class Signature:
             inspect.Parameter.VAR_KEYWORD,
         )
         self._codecs: list[tuple[str, str, Codec]] | None = None
-        self._encoders: list[tuple[Callable[[Any], tuple[str, Any]], str]] = []
+        self._encode: Callable[..., Arguments]
         self._result: Codec | None = None
         self._object_shaped = False
 
@@ -86,7 +86,7 @@ class Signature:
         self._result = self._codec(hints.get("return", MISSING), "its result")
         if self._is_single:
             self._object_shaped = is_object_shaped(hints.get(self._parameters[0].name, MISSING))
-        self._encoders = [(codec.encode, "," * (index > 0) + key) for index, (_, key, codec) in enumerate(codecs)]
+        self._encode = _encoder([(key, codec) for _, key, codec in codecs])
         self._codecs = codecs
 
     def _codec(self, hint: Any, what: str) -> Codec:
@@ -107,17 +107,20 @@ class Signature:
         assert self._codecs is not None
         if kwargs or not self._simple or len(args) != len(self._codecs):
             return self._encode_bound(args, kwargs)
-        text = "{"
-        copies: list[Any] = []
-        for encode, key in self._encoders:
-            value = args[len(copies)]
+        try:
+            return self._encode(*args)
+        except Exception:
+            self._refuse_argument(args)
+            raise
+
+    def _refuse_argument(self, args: tuple[Any, ...]) -> None:
+        """Say which of these can't be stored."""
+        assert self._codecs is not None
+        for (name, _, codec), value in zip(self._codecs, args, strict=True):
             try:
-                part, copy = encode(value)
+                codec.encode(value)
             except Exception as error:
-                raise self._argument_error(self._parameters[len(copies)].name, value, error) from error
-            text += key + part
-            copies.append(copy)
-        return Arguments(text + "}", tuple(copies), NO_KWARGS)
+                raise self._argument_error(name, value, error) from error
 
     def _encode_bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         try:
@@ -259,6 +262,27 @@ class Signature:
             f"{self.owner}: argument {name!r} of type {type(value).__name__} can't be stored: {_brief(error)}. "
             f"Pass what the annotation says (an annotation makes dataclasses, dates and the like possible)"
         )
+
+
+def _encoder(codecs: list[tuple[str, Codec]]) -> Callable[..., Arguments]:
+    """Stores just so many values, by position, each with its key and by its codec.
+
+    Written out, as dataclasses write their methods: it's needed for every step, and a loop takes twice as long.
+    """
+    known: dict[str, Any] = {"Arguments": Arguments, "NO_KWARGS": NO_KWARGS}
+    text, copies, lines = "'{'", "", []
+    for number, (key, codec) in enumerate(codecs):
+        known[f"encode_{number}"] = codec.encode
+        known[f"key_{number}"] = f",{key}" if number else key
+        lines.append(f"text_{number}, copy_{number} = encode_{number}(value_{number})")
+        text += f" + key_{number} + text_{number}"
+        copies += f"copy_{number}, "
+    lines.append(f"return Arguments({text} + '}}', ({copies}), NO_KWARGS)")
+    values = ", ".join(f"value_{number}" for number in range(len(codecs)))
+    source = f"def encode({values}):\n " + "\n ".join(lines)
+    exec(source, known)  # noqa: S102  # of numbers alone; no name or value of the user's is in it
+    encode: Callable[..., Arguments] = known["encode"]
+    return encode
 
 
 def _brief(error: Exception) -> str:

@@ -191,7 +191,9 @@ class Writer:
     def record(self, recorder: Recorder, event: HistoryRow | None, state: StateRow | None = None) -> int:
         """Queue rows of one instance; returns the ticket that :meth:`when_durable` takes."""
         batch = self._open
-        party = self._party_of(recorder)
+        party = recorder.party
+        if party is None or recorder.ticket != batch.number:
+            party = self._party_of(recorder)
         if event is not None:
             if party.history:
                 party.history.append(event)
@@ -202,7 +204,8 @@ class Writer:
             if state.ready_at == 0:
                 batch.makes_work = True
         batch.row_count += 1
-        self._schedule()
+        if self._in_flight is None:
+            self._schedule()
         return batch.number
 
     def record_mail(self, recorder: Recorder, operations: Sequence[Operation], starts: Sequence[StartRow] = ()) -> int:
