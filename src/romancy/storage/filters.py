@@ -317,13 +317,11 @@ def _mysql_without_leading_minus(parts: list[str]) -> tuple[ColumnElement[str], 
     that has the other name already makes room for it.
     """
     text: ColumnElement[str] = instances.c.input
-    renamed = list(parts)
-    for n, part in enumerate(parts):
-        if part.startswith("-"):
-            renamed[n] = f"minus{part}"
-            text = func.replace(text, f'"{renamed[n]}":', f'"other {renamed[n]}":')
-            text = func.replace(text, f'"{part}":', f'"{renamed[n]}":')
-    return text, renamed
+    renamed = {part: f"minus{part}" for part in parts if part.startswith("-")}
+    for part, other in renamed.items():
+        text = func.replace(text, f'"{other}":', f'"other {other}":')
+        text = func.replace(text, f'"{part}":', f'"{other}":')
+    return text, [renamed.get(part, part) for part in parts]
 
 
 def _mysql_at(text: ColumnElement[str], pieces: list[str], value: JsonScalar) -> ColumnElement[bool]:
