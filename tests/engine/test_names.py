@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from romancy import App, WorkflowContext, activity, workflow
+from romancy import App, Catalogue, WorkflowContext, activity, workflow
 from tests.databases import Database, rows
 from tests.support import RESULT_TIMEOUT_S
 
@@ -17,12 +17,15 @@ class Name(str, Enum):  # noqa: UP042 - it says something else of itself than wh
     KIND = "enum-kind"
 
 
-@activity(name=Name.STEP)
+MINE = Catalogue()
+
+
+@activity(name=Name.STEP, catalogue=MINE)
 async def step() -> None:
     pass
 
 
-@workflow(name=Name.KIND)
+@workflow(name=Name.KIND, catalogue=MINE)
 async def kind(ctx: WorkflowContext, depth: int) -> None:
     await step.options(id=Name.CALL)()
     if depth:
@@ -31,7 +34,7 @@ async def kind(ctx: WorkflowContext, depth: int) -> None:
 
 async def test_enum_is_stored_as_the_text_that_it_holds(database: Database) -> None:
     """And not as what ``str()`` says of it; also among many rows, which are written in another way than few."""
-    async with App(database) as app:
+    async with App(database, workflows=[kind]) as app:
         first = await app.start_workflow(kind, 1, id=Name.PARENT)
         others = [await app.start_workflow(kind, 0) for _ in range(8)]
         for handle in (first, *others):
