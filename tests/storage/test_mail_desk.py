@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from romancy.storage.address import parse_address
@@ -24,6 +24,7 @@ INSTANCES = ("A", "B", "C")
 CHANNELS = {"news": "broadcast", "jobs": "competing", "desk": "direct"}
 READERS = [("news", "A"), ("news", "B")]
 NOW_US = 1_000_000
+PAID = Wait("A", 1, "wait:1", "event", "paid", "")
 
 
 @pytest.fixture
@@ -160,6 +161,9 @@ def programs(draw: st.DrawFn) -> list[list[Operation]]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(program=programs())
+@example(
+    program=[[PAID], [Mail("A", "00000001", "event", "paid", "", "1", NEVER_US)], [Withdrawal(PAID, returns=False)]]
+)
 def test_desk_does_what_the_model_says(store: Store, any_database: Database, program: list[list[Operation]]) -> None:
     for table in ("waits", "mail", "deliveries", "subscriptions", "channels"):
         execute(any_database, f"DELETE FROM romancy_{table}")

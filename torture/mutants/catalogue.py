@@ -410,6 +410,15 @@ MUTANTS = (
         (f"{FLUSH}::test_an_instance_of_somebody_else_fails_all_of_it",),
     ),
     Mutant(
+        "a name that reads like a missing value counts as one",
+        "storage/postgresql_flush.py",
+        """    if [row for row in table if none in row]:
+""",
+        """    if none is None:
+""",
+        (f"{FLUSH}::test_the_word_none_is_a_text_like_others",),
+    ),
+    Mutant(
         "what the loop has sent counts as refused when its connection breaks",
         "storage/postgresql.py",
         """        batch.is_unsure = is_lost(error)
