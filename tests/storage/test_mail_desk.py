@@ -25,6 +25,7 @@ CHANNELS = {"news": "broadcast", "jobs": "competing", "desk": "direct"}
 READERS = [("news", "A"), ("news", "B")]
 NOW_US = 1_000_000
 PAID = Wait("A", 1, "wait:1", "event", "paid", "")
+MAIL = Mail("A", "00000001", "event", "paid", "", "1", NEVER_US)
 
 
 @pytest.fixture
