@@ -6,8 +6,6 @@ import os
 import threading
 import time
 
-from romancy.forks import process_id
-
 BLOCK = 64
 """Random parts that are drawn together, for each draw costs."""
 
@@ -37,9 +35,9 @@ class IdSource:
             if millisecond != self._millisecond:
                 self._millisecond = millisecond
                 self._head = f"{millisecond >> 16:08x}-{millisecond & 0xFFFF:04x}-7"
-            if not self._tails or self._process_id != process_id():
-                # Anew after a fork, or two processes would share them.
-                self._tails, self._process_id = _draw(), process_id()
+            if not self._tails or self._process_id != os.getpid():
+                # Anew after a fork, or two processes would share them. Not every fork runs Python's hooks.
+                self._tails, self._process_id = _draw(), os.getpid()
             return f"{self._head}{moment & 0xFFF:03x}-{self._tails.pop()}"
 
 

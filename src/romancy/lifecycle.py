@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -11,7 +12,6 @@ from romancy.clock import Clock, SystemClock
 from romancy.definitions import DEFAULT_CATALOGUE, Catalogue, Workflow
 from romancy.engine.worker import LONGEST_FAREWELL_S, Worker
 from romancy.errors import AppNotRunningError, DatabaseError, FencedError, InstanceStateError
-from romancy.forks import process_id
 from romancy.ids import IdSource
 from romancy.outcomes import Outcomes
 from romancy.polling import OutcomePoller
@@ -81,7 +81,7 @@ class Lifecycle:
         self.store = make_store(settings.address, list(self.known), settings.listen_on, settings.lease_ttl_s)
         await asyncio.to_thread(self.store.open, settings.auto_migrate)
         self.clock = self.store.workflow_clock = settings.clock or self.store.clock
-        self.process_id = process_id()
+        self.process_id = os.getpid()
         self.broken = None
         self.poller = OutcomePoller(self.outcomes, self.store, self._is_live)
         self.engines = SessionEngines(self.store, settings.given, settings.pool)
@@ -136,7 +136,7 @@ class Lifecycle:
             self.worker.hint()
 
     def _check_not_forked(self) -> None:
-        if self.process_id is not None and self.process_id != process_id():
+        if self.process_id is not None and self.process_id != os.getpid():
             raise AppNotRunningError(
                 "the app was started before this process forked, and its threads and connections are the other "
                 "process's: make an App of its own here"

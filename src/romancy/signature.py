@@ -109,18 +109,18 @@ class Signature:
             return self._encode_bound(args, kwargs)
         try:
             return self._encode(*args)
-        except Exception:
-            self._refuse_argument(args)
-            raise
+        except Exception as error:
+            raise self._refusal(args, error) from error
 
-    def _refuse_argument(self, args: tuple[Any, ...]) -> None:
-        """Say which of these can't be stored."""
+    def _refusal(self, args: tuple[Any, ...], first: Exception) -> SerializationError:
+        """Which of these can't be stored; if it's none at the second look, what was wrong with the first."""
         assert self._codecs is not None
         for (name, _, codec), value in zip(self._codecs, args, strict=True):
             try:
                 codec.encode(value)
             except Exception as error:
-                raise self._argument_error(name, value, error) from error
+                return self._argument_error(name, value, error)
+        return SerializationError(f"{self.owner}: an argument can't be stored: {_brief(first)}")
 
     def _encode_bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         try:
@@ -269,19 +269,19 @@ def _encoder(codecs: list[tuple[str, Codec]]) -> Callable[..., Arguments]:
 
     Written out, as dataclasses write their methods: it's needed for every step, and a loop takes twice as long.
     """
-    known: dict[str, Any] = {"Arguments": Arguments, "NO_KWARGS": NO_KWARGS}
-    text, copies, lines = "'{'", "", []
+    known: dict[str, Any] = {"Arguments": Arguments, "NO_KWARGS": NO_KWARGS, "begin": "{", "end": "}"}
+    text, copies, lines = "{begin}", "", []
     for number, (key, codec) in enumerate(codecs):
         known[f"encode_{number}"] = codec.encode
         known[f"key_{number}"] = f",{key}" if number else key
         lines.append(f"text_{number}, copy_{number} = encode_{number}(value_{number})")
-        text += f" + key_{number} + text_{number}"
+        text += f"{{key_{number}}}{{text_{number}}}"
         copies += f"copy_{number}, "
-    lines.append(f"return Arguments({text} + '}}', ({copies}), NO_KWARGS)")
+    lines.append(f"return Arguments(f'{text}{{end}}', ({copies}), NO_KWARGS)")
     values = ", ".join(f"value_{number}" for number in range(len(codecs)))
     source = f"def encode({values}):\n " + "\n ".join(lines)
     exec(source, known)  # noqa: S102  # of numbers alone; no name or value of the user's is in it
-    encode: Callable[..., Arguments] = known["encode"]
+    encode: Callable[..., Arguments] = known.pop("encode")  # or it would hold itself
     return encode
 
 

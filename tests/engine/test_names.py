@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from enum import Enum
 
-from romancy import App, Catalogue, WorkflowContext, activity, workflow
+import pytest
+
+from romancy import App, Catalogue, WorkflowContext, WorkflowSuspendedError, activity, workflow
 from tests.databases import Database, rows
 from tests.support import RESULT_TIMEOUT_S
 
@@ -48,3 +51,20 @@ async def test_enum_is_stored_as_the_text_that_it_holds(database: Database) -> N
     assert {tuple(row) for row in rows(database, "SELECT DISTINCT workflow_name FROM romancy_instances")} == {
         ("enum-kind",)
     }
+
+
+async def test_what_is_asked_of_an_enums_instance_is_heard_once(database: Database) -> None:
+    many = Enum("many", {f"N{number}": f"order-{number}" for number in range(12)}, type=str)
+
+    @workflow(catalogue=Catalogue())
+    async def waits(ctx: WorkflowContext) -> None:
+        await ctx.wait_event("go")
+
+    async with App(database, workflows=[waits]) as app:
+        handles = [await app.start_workflow(waits, id=each) for each in many]
+        await asyncio.gather(*(app.suspend(each) for each in many))
+        for handle in handles:
+            with pytest.raises(WorkflowSuspendedError):
+                await handle.result(timeout=RESULT_TIMEOUT_S)
+        await app._life.writer.drained()
+    assert rows(database, "SELECT instance_id FROM romancy_deliveries") == []

@@ -172,10 +172,16 @@ async def test_unforeseen_error_is_the_end_of_a_batch_too(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(store, "_note_written", fail)
-    outcome = departed(store, batch_of(start("one")))
-    with pytest.raises(ZeroDivisionError):
-        await landed(outcome)
+    batch = batch_of(start("one"))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_note_written", fail)
+        outcome = departed(store, batch)
+        with pytest.raises(ZeroDivisionError):
+            await landed(outcome)
+    # What it has written is found, and not taken for somebody else's.
+    await landed(store.flush(batch, ME))
+    assert batch.inserted == {"one"}
+    assert not batch.refused
 
 
 async def test_nothing_is_left_on_the_loop(store: PostgresqlStore) -> None:

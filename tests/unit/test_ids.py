@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from uuid import RFC_4122, UUID
@@ -65,3 +68,29 @@ def test_more_ids_than_fit_a_millisecond_spill_into_the_next(monkeypatch: pytest
     assert ids == sorted(set(ids))
     assert {UUID(text).version for text in ids} == {7}
     assert (UUID(ids[-1]).int >> 80) - (UUID(ids[0]).int >> 80) == 2
+
+
+FORKS_WITHOUT_HOOKS = """
+import ctypes, os, time
+from romancy.ids import IdSource
+
+now = time.time_ns()
+time.time_ns = lambda: now
+source = IdSource()
+source.new_id()
+reading, writing = os.pipe()
+child = ctypes.PyDLL(None).fork()
+made = [source.new_id() for _ in range(5)]
+if child == 0:
+    os.write(writing, " ".join(made).encode())
+    os._exit(0)
+os.waitpid(child, 0)
+print(len({*made, *os.read(reading, 1_000).decode().split()}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+def test_fork_by_c_code_shares_no_ids() -> None:
+    """It need not run Python's hooks; some servers fork like that."""
+    done = subprocess.run([sys.executable, "-c", FORKS_WITHOUT_HOOKS], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("10\n", "")

@@ -516,3 +516,34 @@ def test_size_counts_bytes_of_utf8_not_characters() -> None:
         check_size("it", ["\u2603" * 11], 30)
     with pytest.raises(PayloadTooLargeError):
         check_size("it", ["x" * 60, "y" * 60], 100)
+
+
+def test_argument_that_fails_but_once_is_an_error_of_ours_all_the_same() -> None:
+    class Fickle(dict[str, int]):
+        asked = 0
+
+        def items(self) -> Any:
+            self.asked += 1
+            if self.asked == 1:
+                raise RuntimeError("dictionary changed size during iteration")
+            return super().items()
+
+    def take(a: Any) -> None: ...
+
+    with pytest.raises(SerializationError, match="activity 'take': an argument can't be stored: dictionary changed"):
+        Signature("activity 'take'", take).encode_arguments((Fickle(a=1),), {})
+
+
+def test_function_may_have_very_many_parameters() -> None:
+    names = [f"p{number}" for number in range(2_000)]
+    space: dict[str, Any] = {}
+    exec(f"def take({', '.join(names)}): ...", space)
+    given = Signature("activity 'take'", space["take"]).encode_arguments(tuple(range(2_000)), {})
+    assert json.loads(given.text) == dict(zip(names, range(2_000), strict=True))
+
+
+@pytest.mark.parametrize("annotation", [dict, list, dict[str, Any], list[Any]])
+def test_text_is_no_container(annotation: Any) -> None:
+    """It would be stored, and could not be read back."""
+    with pytest.raises(TypeError, match="is no"):
+        codec_for(annotation).encode("{}")

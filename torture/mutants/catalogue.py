@@ -301,7 +301,7 @@ MUTANTS = (
     Mutant(
         "patches are forgotten by the next worker",
         "engine/run.py",
-        """{} if row.patches is None else dict.fromkeys(load_json(row.patches), True)""",
+        """{} if patches is None else dict.fromkeys(load_json(patches), True)""",
         """{}""",
         (f"{CHILDREN}::test_patched_code_runs_where_the_run_has_not_gone_past[sqlite]",),
     ),

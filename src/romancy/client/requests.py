@@ -79,7 +79,7 @@ class Requests:
         instance = await self._reading.get(instance_id)
         if not instance.status.is_terminal:
             life = self._life
-            await life.writer.post(request_mail(life.ids.new_id(), instance_id, what, dump_plain(details)))
+            await life.writer.post(request_mail(life.ids.new_id(), instance.instance_id, what, dump_plain(details)))
         return instance
 
     async def _wake(self, instance_id: str) -> bool:

@@ -232,7 +232,6 @@ class WorkflowLoop(_RefusingLoop):
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop) -> None:
         self.workflow_host: LoopHost = host
         self._outer = outer
-        self._outer_hooks = sys.get_asyncgen_hooks()
         self._hooks: tuple[None, Callable[[Any], None] | None] = (None, self._finalize_asyncgen)
         self.tasks: list[asyncio.Task[Any]] = []
         self._ready: deque[ReadyCallback] = deque()
@@ -250,6 +249,7 @@ class WorkflowLoop(_RefusingLoop):
         """
         ready = self._ready
         outer = self._outer
+        hooks = sys.get_asyncgen_hooks()
         _set_running_loop(self)
         RUNNING.host = self.workflow_host
         sys.set_asyncgen_hooks(*self._hooks)
@@ -277,7 +277,7 @@ class WorkflowLoop(_RefusingLoop):
                         f"asyncio.sleep(1)"
                     )
         finally:
-            sys.set_asyncgen_hooks(*self._outer_hooks)
+            sys.set_asyncgen_hooks(*hooks)
             RUNNING.host = None
             _set_running_loop(outer)
 

@@ -257,6 +257,8 @@ class PostgresqlStore(ServerStore):
                 keyed = self._note_written(link, rows, worker_id, inserted, is_alive=is_alive == "t")
                 batch.note(parties, Written(keyed))
             except Exception as error:  # noqa: BLE001  # the batch must have an end, whatever it is
+                # The rows are there by now, save where we ourselves say that they aren't.
+                batch.is_unsure = batch.is_unsure or not isinstance(error, DatabaseError)
                 outcome.set_exception(error)
                 return
             if link.needs_care:
